@@ -1,0 +1,114 @@
+"""Writing that never leaves half a file: a temporary name beside the target, fsync, rename."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from kdcompress.errors import KdcompressError, OutputError, RunError
+
+
+def _output_error(path: Path, error: OSError) -> KdcompressError:
+    """A full disk is a failed run (exit 1); a place that cannot be written to is wrong input (exit 2)."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"no space left while writing {path}", fix="free some space and run the same command again")
+    return OutputError(f"cannot write {path}: {error.strerror or error}", fix="choose a folder you may write to")
+
+
+def _fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` and puts it in place only when the block ends without an error.
+
+    Args:
+        path: the file to write; its folder is made if missing.
+        mode: "wb" or "w" (UTF-8).
+
+    Raises:
+        OutputError: the place cannot be written to.
+        RunError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder beside `path`; it becomes `path` only when the block ends without an error.
+
+    Args:
+        path: the folder to make.
+        replace: take the place of an existing folder; otherwise only an empty one.
+
+    Raises:
+        OutputError: `path` exists and is not empty (without `replace`), or cannot be written to.
+        RunError: the disk is full.
+    """
+    if not replace:
+        require_empty(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_empty(path: Path) -> None:
+    """Refuses a folder that already holds something.
+
+    Raises:
+        OutputError: `path` is a file or a folder that is not empty.
+    """
+    if path.is_dir():
+        try:
+            first = next(path.iterdir(), None)
+        except OSError as error:
+            raise _output_error(path, error) from error
+        if first is not None:
+            raise OutputError(f"{path} is not empty (it holds {first.name})", where="--out", fix="choose a new folder")
+    elif path.exists():
+        raise OutputError(f"{path} is a file, a folder is needed", where="--out", fix="choose a new folder")
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,28 @@
+"""Shapes and types of every annotated call in the package are checked while the tests run."""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+install_import_hook("kdcompress", "beartype.beartype")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the libraries warn about while they are imported is not ours
+    import torch
+    import torchvision  # noqa: F401
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data and real teachers that KDCOMPRESS_TEST_DATA names; the test is skipped without it."""
+    folder = os.environ.get("KDCOMPRESS_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("KDCOMPRESS_TEST_DATA names no folder of real data")
+    return Path(folder)
