@@ -49,9 +49,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
-            move(self.images), move(self.ids), move(self.views), move(self.labels), move(self.label_targets)
-        )
+        return Batch(move(self.images), move(self.ids), move(self.views), move(self.labels), move(self.label_targets))
 
 
 @dataclass(frozen=True)
