@@ -48,13 +48,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.images), move(self.ids), move(self.views), move(self.labels), move(self.label_targets))
+        tensors = (self.images, self.ids, self.views, self.labels, self.label_targets)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one network said: logits, and feature maps "stage1", "stage2" … in order, always 4-D (a pooled one is 1 × 1)."""
+    """What one network said: logits, and feature maps "stage1", "stage2" … in order, always 4-D (pooled: 1 × 1)."""
 
     logits: Float[Tensor, "batch classes"]
     features: Mapping[str, Tensor] = field(default_factory=dict)
