@@ -265,11 +265,8 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(f"the model file {bundle.file} is missing", where=str(path))
     found = file_digest(bundle.model_path)
     if found != bundle.model_digest:
-        raise BundleError(
-            f"{bundle.file} was changed after it was written: digest {found[:12]}…, expected {bundle.model_digest[:12]}…",
-            where=str(path),
-            fix="write the bundle again",
-        )
+        what = f"{bundle.file} was changed: its digest is {found[:12]}…, {bundle.model_digest[:12]}… was written"
+        raise BundleError(what, where=str(path), fix="write the bundle again")
     return bundle
 
 
@@ -285,6 +282,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         BundleError: the file cannot be read.
     """
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BundleError(f"not a safetensors file: {error}", where=str(path)) from error
+    return tensors
