@@ -110,7 +110,7 @@ class VerificationError(RunError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a name that does not exist: the nearest legal one and, if few, all of them.
+    """The sentence for a name that does not exist: the nearest legal one, or else all of them if they are few.
 
     Args:
         kind: what the name names, e.g. "method".
@@ -119,6 +119,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    listing = f" (known: {', '.join(names)})" if len(names) <= 24 else ""
-    return f"unknown {kind} {name!r}{hint}{listing}"
+    if near:
+        return f"unknown {kind} {name!r}; did you mean {near[0]!r}?"
+    return f"unknown {kind} {name!r}" + (f" (known: {', '.join(names)})" if 0 < len(names) <= 24 else "")

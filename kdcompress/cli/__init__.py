@@ -1,0 +1,88 @@
+"""The command line. One file per command, found by its name and imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+import click
+
+from kdcompress import __version__
+from kdcompress.errors import KdcompressError, unknown_name
+
+ORDER = ("demo", "train", "distill", "quantize", "export", "report", "evaluate", "inspect", "ls", "show", "doctor")
+
+
+class CommandFolder(click.Group):
+    """A click group whose commands are the files of this folder; each file has one `command`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of their use."""
+        found = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+        return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Imports one file."""
+        if name not in self.list_commands(ctx):
+            return None
+        command = importlib.import_module(f"{__name__}.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Names the nearest command for one that does not exist."""
+        if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
+            raise click.UsageError(unknown_name("command", args[0], self.list_commands(ctx)), ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=CommandFolder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="kdcompress")
+@click.option("--debug", is_flag=True, help="Show a traceback where an error would be one line.")
+def group(debug: bool) -> None:
+    """Distill several trained image classifiers into one small student, and ship it to the edge."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point of the `kdcompress` command.
+
+    Exit codes: 0 done; 1 the run failed or a gate said no; 2 the command, the recipe or an input file is wrong.
+    A known error is one or two lines, never a traceback, unless `--debug` is given (anywhere on the line).
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    if debug:
+        words = ["--debug", *(word for word in words if word != "--debug")]
+    try:
+        code = group.main(args=words, prog_name="kdcompress", standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted", 1)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except KdcompressError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _fail("interrupted", 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(1) from None
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        _fail(f"unexpected {type(error).__name__}: {reason}\nrun again with --debug for the traceback", 1)
+    else:
+        raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    raise SystemExit(code)

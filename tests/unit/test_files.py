@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from kdcompress.errors import OutputError
+from kdcompress.files import atomic_folder, atomic_write, file_digest
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+
+    def fail() -> None:
+        with atomic_write(target) as handle:
+            handle.write(b"half")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_written_file_is_whole_and_its_digest_is_sha256(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "deep" / "file", "w") as handle:
+        handle.write("abc")
+    # FIPS 180-4, appendix B.1: the digest of "abc".
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_digest(tmp_path / "deep" / "file") == expected
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "one").write_text("1")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_empty_is_refused_unless_it_is_to_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(OutputError, match="not empty"), atomic_folder(tmp_path / "out"):
+        pass
+    with atomic_folder(tmp_path / "out", replace=True) as folder:
+        (folder / "new").write_text("1")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"), atomic_write(tmp_path / "file" / "inside"):
+        pass
