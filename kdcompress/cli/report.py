@@ -1,0 +1,44 @@
+"""`kdcompress report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+def parse_sizes(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    """ "1,32" → (1, 32)."""
+    try:
+        sizes = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise click.BadParameter(f"{text!r} is not a list of batch sizes such as 1,32", ctx, parameter)
+    return sizes
+
+
+@click.command()
+@click.argument("source", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.option("--data", metavar="DATA", help="Judge on this data instead of the run's own.")
+@click.option("--holdout", metavar="DIR", help="Labelled images that nobody has seen.")
+@click.option("--batch-sizes", metavar="N,N", default="1,32", show_default=True, callback=parse_sizes)
+@click.option("--threads", metavar="N", default=1, show_default=True, type=click.IntRange(min=1), help="For latency.")
+@click.option("--restarts", metavar="N", default=5, show_default=True, type=click.IntRange(min=1), help="For latency.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to [default: the run].")
+def command(
+    source: Path | None,
+    data: str | None,
+    holdout: str | None,
+    batch_sizes: tuple[int, ...],
+    threads: int,
+    restarts: int,
+    out: Path | None,
+) -> None:
+    """Hold every model of a run against its teacher ensemble: accuracy, latency, size.
+
+    The test images are used here and nowhere else. Writes report.json and report.md.
+    """
+    from kdcompress.pipeline.report import report
+
+    report(source, data=data, holdout=holdout, batch_sizes=batch_sizes, threads=threads, restarts=restarts, out=out)

@@ -1,0 +1,150 @@
+"""A run folder: where it is, what lies in it, and what was found out while it ran.
+
+::
+
+    recipe.yaml      the recipe as resolved; feed it back to repeat the run
+    run.json         what was measured before training (`RunFacts`)
+    log.jsonl        one line per log point
+    last.pt          the state to resume from
+    student/         the trained student, a torch bundle
+    onnx-fp32/ …     what was made of it
+    report.json      the report, and report.md made from it
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
+from kdcompress.errors import InputError, OutputError
+from kdcompress.files import atomic_write, require_empty
+from kdcompress.recipe import Recipe, build_recipe, read_recipe
+
+RUNS = Path("runs")
+RECIPE_FILE = "recipe.yaml"
+FACTS_FILE = "run.json"
+STUDENT = "student"
+
+
+def console() -> Console:
+    """Where the commands speak: standard output, in colour on a terminal, plain lines elsewhere."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run found out before it trained.
+
+    Args:
+        teachers: for each teacher its name, architecture, digest of its weights, licence, and what it answered on val
+            and holdout (accuracy, nll).
+        teachers_saw_val: whether any teacher was trained on images of val; None where nothing could tell.
+        teachers_saw_val_because: how that is known: "digests", "measured on holdout", or what is missing.
+        student_saw_val: whether the student starts from weights that saw val; None where nothing could tell.
+        init: how the student started, why, and what was copied.
+        data_digest: digest of all splits.
+        notes: sentences the user was told.
+    """
+
+    teachers: tuple[dict[str, Any], ...] = ()
+    teachers_saw_val: bool | None = None
+    teachers_saw_val_because: str = ""
+    student_saw_val: bool | None = False
+    init: dict[str, Any] = field(default_factory=dict)
+    data_digest: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that `distill` or `train` wrote."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | None) -> RunFolder:
+        """The run at `path`; the newest one under `runs/` without it.
+
+        Raises:
+            InputError: there is no run there.
+        """
+        if path is None:
+            runs = sorted(RUNS.glob(f"*/{RECIPE_FILE}"), key=lambda file: file.stat().st_mtime)
+            if not runs:
+                raise InputError(f"there is no run under {RUNS}/", fix="name a run folder, or distill one first")
+            path = runs[-1].parent
+        if not (path / RECIPE_FILE).is_file():
+            what = "does not exist" if not path.exists() else f"is not a run: it has no {RECIPE_FILE}"
+            raise InputError(f"{path} {what}", fix="name a folder that kdcompress distill or train wrote")
+        return cls(path)
+
+    @classmethod
+    def create(cls, path: Path | None, name: str) -> RunFolder:
+        """A new run folder; `runs/<time>-<name>` where no path is given.
+
+        Raises:
+            OutputError: the folder is not empty or cannot be made.
+        """
+        if path is None:
+            path = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+        require_empty(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make {path}: {error.strerror}", where="--out") from error
+        return cls(path)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe as resolved."""
+        file = self.path / RECIPE_FILE
+        return build_recipe(read_recipe(str(file)), where=str(file))
+
+    @property
+    def facts(self) -> RunFacts:
+        """What was found out before training.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        file = self.path / FACTS_FILE
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return RunFacts(**{entry.name: content[entry.name] for entry in fields(RunFacts)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{FACTS_FILE} is missing or damaged", where=str(self.path)) from error
+
+    def write_facts(self, facts: RunFacts) -> None:
+        """Writes `run.json` atomically."""
+        with atomic_write(self.path / FACTS_FILE, "w") as handle:
+            json.dump(asdict(facts), handle, indent=2, ensure_ascii=False)
+            handle.write("\n")
+
+    def bundles(self) -> dict[str, Bundle]:
+        """The bundles in the run by folder name, the student first.
+
+        Raises:
+            BundleError: one of them is damaged.
+        """
+        folders = sorted(file.parent for file in self.path.glob(f"*/{BUNDLE_FILE}"))
+        folders.sort(key=lambda folder: folder.name != STUDENT)
+        return {folder.name: read_bundle(folder) for folder in folders}
+
+    def student(self) -> Bundle:
+        """The trained student.
+
+        Raises:
+            InputError: the run did not finish.
+        """
+        if not (self.path / STUDENT / BUNDLE_FILE).is_file():
+            raise InputError(
+                f"{self.path} has no {STUDENT}/: its training did not finish",
+                fix=f"kdcompress distill --resume --out {self.path}",
+            )
+        return read_bundle(self.path / STUDENT)
