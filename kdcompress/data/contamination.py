@@ -1,0 +1,29 @@
+"""Has a network been trained on these images? Answered from the digests that its checkpoint carries."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from kdcompress.data.base import Split
+
+
+def training_digests(split: Split) -> Int64[Tensor, "digests"]:
+    """The content hashes of a split's images, sorted, each once: what a checkpoint keeps of its training images."""
+    digests: Tensor = torch.unique(split.digests())
+    return digests
+
+
+def seen_fraction(seen: Int64[Tensor, "digests"], split: Split) -> float:
+    """The part of a split's images, 0 to 1, whose content is among `seen`; 0 for an empty split.
+
+    Args:
+        seen: sorted digests, as `training_digests` gives them.
+        split: the images in question.
+    """
+    if not len(seen) or not len(split):
+        return 0.0
+    digests = split.digests()
+    place = torch.searchsorted(seen, digests).clamp(max=len(seen) - 1)
+    return float((seen[place] == digests).double().mean())

@@ -1,0 +1,149 @@
+"""Batches, made ahead of time: which images, in which order and view, is a pure function of (seed, epoch)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from kdcompress.data._hashing import keyed_hash
+from kdcompress.data.base import MemorySet, Split, Views, available_cores, pick_views, unit_interval
+from kdcompress.errors import DataError, RecipeError, ShapeError
+from kdcompress.types import UNLABELLED, Batch
+
+_ORDER = 1  # pick_views keys with 0
+
+
+def label_targets(
+    labels: Int64[Tensor, "batch"], num_classes: int, smoothing: float = 0.0
+) -> Float32[Tensor, "batch classes"]:
+    """What labels ask for: 1 − smoothing on the label and smoothing spread over all classes; zeros where unlabelled."""
+    rows = torch.full((len(labels), num_classes), smoothing / num_classes)
+    labelled = torch.nonzero(labels != UNLABELLED)[:, 0]
+    rows[labelled, labels[labelled]] += 1 - smoothing
+    rows[labels == UNLABELLED] = 0
+    return rows
+
+
+def _ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator[Batch]:
+    """`make(step)` for each step in order, made by `workers` threads a few steps ahead of the one asked for."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="kdcompress-loader")
+    try:
+        waiting: deque[Future[Batch]] = deque()
+        for step in steps:
+            waiting.append(pool.submit(make, step))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _workers(split: Split, workers: int) -> int:
+    if workers:
+        return workers
+    return 1 if isinstance(split.images, MemorySet) else min(available_cores(), 16)
+
+
+class TrainLoader:
+    """The training images of a run, one shuffled pass per epoch, each image in one view.
+
+    What comes is a pure function of (seed, epoch) and of nothing else: not of the number of workers, not of where a
+    run was resumed.
+
+    Args:
+        split: labelled and unlabelled training images together.
+        views: the space of views.
+        num_classes: width of the label targets.
+        batch_size: the largest batch; the pass is cut into near-equal ones, so that no small rest is left.
+        seed: of the run: order of the images and choice of the views.
+        label_smoothing: share of a label that is spread over all classes, in [0, 1).
+        workers: threads that make batches ahead; 0 chooses (1 for images in memory, else one per core).
+
+    Attributes:
+        num_steps: batches in an epoch.
+
+    Raises:
+        DataError: the split is empty.
+        RecipeError: an option out of range.
+        ShapeError: `views` mixes among another number of images than the split has.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        views: Views,
+        *,
+        num_classes: int,
+        batch_size: int,
+        seed: int,
+        label_smoothing: float = 0.0,
+        workers: int = 0,
+    ) -> None:
+        if not len(split):
+            raise DataError("there are no training images")
+        if batch_size < 1:
+            raise RecipeError(f"a batch has at least 1 image, not {batch_size}", where="train.batch_size")
+        if not 0 <= label_smoothing < 1:
+            raise RecipeError(f"label smoothing lies in [0, 1), not {label_smoothing}", where="train.label_smoothing")
+        mixed = getattr(views, "num_images", len(split))
+        if mixed != len(split):
+            raise ShapeError(f"mixup among {mixed} images, the training split has {len(split)}")
+        self.split = split
+        self.views = views
+        self.num_classes = num_classes
+        self.batch_size = batch_size
+        self.seed = seed
+        self.label_smoothing = label_smoothing
+        self.workers = _workers(split, workers)
+        self.num_steps = -(-len(split) // batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from step `start` on; step k is the same whatever `start`."""
+        places = torch.arange(len(self.split))
+        order = torch.argsort(keyed_hash(self.seed, epoch, _ORDER, places), stable=True)
+        ids = self.split.ids[order]
+        views = pick_views(self.seed, epoch, ids, self.views.num_views)
+
+        def make(step: int) -> Batch:
+            chosen = slice(step * len(ids) // self.num_steps, (step + 1) * len(ids) // self.num_steps)
+            return self._batch(ids[chosen], views[chosen])
+
+        return _ahead(make, range(start, self.num_steps), self.workers)
+
+    def _batch(self, ids: Tensor, views: Tensor) -> Batch:
+        labels = self.split.images.labels[ids]
+        targets = label_targets(labels, self.num_classes, self.label_smoothing)
+        images = self.views.apply(self.split.images.load(ids), ids, views)
+        if (partners := self.views.partners(ids, views)) is not None:
+            places, share = partners
+            others = self.split.ids[places]
+            other_labels = self.split.images.labels[others]
+            images = torch.lerp(
+                self.views.apply(self.split.images.load(others), others, views), images, share[:, None, None, None]
+            )
+            mixed = torch.lerp(
+                label_targets(other_labels, self.num_classes, self.label_smoothing), targets, share[:, None]
+            )
+            whole = share == 1
+            known = (labels != UNLABELLED) & (other_labels != UNLABELLED)
+            targets = torch.where(whole[:, None], targets, torch.where(known[:, None], mixed, torch.zeros(())))
+            labels = torch.where(whole, labels, UNLABELLED)
+        return Batch(images, ids, views, labels, targets)
+
+
+def eval_batches(split: Split, num_classes: int, batch_size: int = 256, workers: int = 0) -> Iterator[Batch]:
+    """The images of a split as they are, in order; nothing for an empty split."""
+
+    def make(step: int) -> Batch:
+        ids = split.ids[step * batch_size : (step + 1) * batch_size]
+        labels = split.images.labels[ids]
+        images = unit_interval(split.images.load(ids))
+        return Batch(images, ids, torch.zeros_like(ids), labels, label_targets(labels, num_classes))
+
+    return _ahead(make, range(-(-len(split) // batch_size)), _workers(split, workers))
