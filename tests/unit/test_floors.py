@@ -10,10 +10,10 @@ import kdcompress
 
 FLOORS = (
     {"errors"},
-    {"files", "types"},
+    {"files", "types", "discovery"},
     {"recipe"},
     {"losses", "taps", "bundle", "data", "models", "profiles"},
-    {"teachers", "weightings", "evaluate", "latency", "checkpoint", "optim", "balance", "display"},
+    {"teachers", "weightings", "evaluate", "latency", "checkpoint", "optim", "balance", "display", "ledger"},
     {"networks", "methods"},
     {"init", "runtimes"},
     {"train", "quantize", "export", "report"},

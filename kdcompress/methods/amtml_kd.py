@@ -1,0 +1,282 @@
+"""AMTML-KD: adaptive multi-teacher multi-level knowledge distillation.
+
+Idea
+    Several teachers, and for each image the student hears more from those that know it. Four parts act together:
+    a gate weighs the teachers from the student's own view of the image; the student matches the weighted soft target;
+    the angles between the images' answers match those of the soft target; and each teacher's deepest feature map is a
+    hint for one group of the student's layers, the deepest teacher for the deepest group.
+Loss
+    With w = gate(max-pooled last feature map), q = Σ_t w_t softmax(z_t / T), s = softmax(z_S / T), y the labels:
+
+    soft_targets   T² KL(q ‖ s), summed over classes, mean over the batch
+    labels         cross entropy of y
+    angles         Huber( cos∠(s_i, s_j, s_k) - cos∠(q_i, q_j, q_k) ), mean over triples of images
+    hints          Σ_t distance( regressor_t(student group of t), last map of teacher t )
+    regulariser    |W|² + Σ_t |θ_t|²                                                  (paper only)
+
+    variant: repaired (default). Gate: `heldout-gate`, refitted on held-out images and uniform where that is best.
+    Hints: 1 - cosine, a tenth of the gradient, faded to 0 at half time. Angles: a tenth of the gradient. Soft targets:
+    weight 1, T = 4. Labels: 0.1.
+    variant: paper. Gate: `latent-factors`, w = softmax_t(Wᵀ(β ∘ θ_t)), learned from the KL along with the student, β
+    not detached. Hints: squared error, the student's map normalised before its regressor and the teacher's before it is
+    compared. Coefficients as published: T = 5, soft targets 2·0.7, labels 0.3, angles 1, hints 1; but regulariser 1e-4,
+    for 0.1 turns the gate into plain averaging. One stage; regressors are trained; angles between like quantities.
+    official_compat (paper only) restores three scalings of the released code: the gate reads average-pooled features,
+    the KL is divided by the number of classes, and the labels' cross entropy is taken at temperature T.
+Paper
+    Liu, Zhang and Wang, Neurocomputing 415 (2020), 106-113, arXiv 2103.04062.
+Use
+    Three or so teachers that know different things, given shallow to deep, and held-out images (`--holdout DIR`) to
+    learn the gate from. For like teachers it says so and averages. Unlabelled images count in all terms but `labels`.
+Cost
+    Beside the teachers' passes one 1×1 convolution per teacher, batch³ cosines (batches over 128 are cut), and per
+    epoch one pass over the held-out images with about a second of fitting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdcompress.errors import RecipeError, ShapeError
+from kdcompress.losses import align, cross_entropy, full_precision, hint_error, kl_divergence, relation_angles
+from kdcompress.losses import soft_targets as integrate
+from kdcompress.methods.base import Method, without_features
+from kdcompress.types import FeatureMap, Head, LossTerms, Needs, NetworkShapes, Outputs, Scalar, Share, Step, Term
+from kdcompress.weightings.base import teachers_of
+from kdcompress.weightings.heldout_gate import HeldoutGate
+from kdcompress.weightings.latent_factors import LatentFactors
+
+Variant = Literal["repaired", "paper"]
+Weight = Annotated[float, Field(ge=0)]
+Part = Annotated[float, Field(ge=0, lt=0.5)]
+
+DEFAULTS: Mapping[Variant, Mapping[str, float]] = {
+    "repaired": {
+        "temperature": 4.0,
+        "soft_target_weight": 1.0,
+        "label_weight": 0.1,
+        "angle_share": 0.1,
+        "hint_share": 0.1,
+        "hint_until": 0.5,
+    },
+    "paper": {
+        "temperature": 5.0,
+        "soft_target_weight": 2 * 0.7,
+        "label_weight": 1 - 0.7,
+        "angle_weight": 1.0,
+        "hint_weight": 1.0,
+        "regulariser_weight": 1e-4,
+        "official_compat": False,
+    },
+}
+"""What each variant has, and its values. A share is a share of the gradient on the student's backbone."""
+
+
+class AMTMLKD(Method):
+    """AMTML-KD in its repaired form, or as the paper has it. An option that is None takes the variant's value.
+
+    Args:
+        shapes: of the networks.
+        heads: unused.
+        variant: "repaired" or "paper"; see the card at the top of this file.
+        temperature: T of the soft targets and of the angles. 4; paper 5.
+        soft_target_weight: 1; paper 2·0.7.
+        label_weight: 0.1; paper 0.3.
+        angle_share: repaired only, 0.1.
+        hint_share: repaired only, 0.1 at the start.
+        hint_until: repaired only, the progress at which the hints have faded out, 0.5.
+        angle_weight: paper only, 1.
+        hint_weight: paper only, 1.
+        regulariser_weight: paper only, 1e-4.
+        official_compat: paper only, the three scalings of the released code.
+
+    Raises:
+        RecipeError: an option of the other variant was given.
+        ShapeError: a network without feature maps.
+    """
+
+    paper: ClassVar[str] = "arXiv 2103.04062"
+
+    def __init__(
+        self,
+        shapes: NetworkShapes,
+        heads: Sequence[Head] = (),
+        *,
+        variant: Variant = "repaired",
+        temperature: Annotated[float, Field(gt=0)] | None = None,
+        soft_target_weight: Annotated[float, Field(gt=0)] | None = None,
+        label_weight: Weight | None = None,
+        angle_share: Part | None = None,
+        hint_share: Part | None = None,
+        hint_until: Annotated[float, Field(gt=0, le=1)] | None = None,
+        angle_weight: Weight | None = None,
+        hint_weight: Weight | None = None,
+        regulariser_weight: Weight | None = None,
+        official_compat: bool | None = None,
+    ) -> None:
+        super().__init__(shapes, heads)
+        self.variant = variant
+        self.settings = resolve_options(
+            variant,
+            temperature=temperature,
+            soft_target_weight=soft_target_weight,
+            label_weight=label_weight,
+            angle_share=angle_share,
+            hint_share=hint_share,
+            hint_until=hint_until,
+            angle_weight=angle_weight,
+            hint_weight=hint_weight,
+            regulariser_weight=regulariser_weight,
+            official_compat=official_compat,
+        )
+        self.weighting: HeldoutGate | LatentFactors
+        if variant == "repaired":
+            self.weighting = HeldoutGate(shapes)
+        else:
+            self.weighting = LatentFactors(shapes, average_pooled=bool(self.settings["official_compat"]))
+        hints_wanted = self.hint_weight(0.0) not in (0.0, Share(0.0))
+        self.pairs = pair_hints(shapes) if hints_wanted else ()
+        self.regressors = nn.ModuleList(
+            self._build_regressor(shapes.student[group][0], shapes.teachers[teacher][stage][0])
+            for teacher, (group, stage) in enumerate(self.pairs)
+        )
+
+    @classmethod
+    def needs(cls, *, variant: Variant = "repaired", **options: Any) -> Needs:
+        """Feature maps of both sides, and held-out images for the repaired gate."""
+        settings = resolve_options(variant, **options)
+        hints = settings.get("hint_share") or settings.get("hint_weight")
+        return Needs(
+            labels="soft" if settings["label_weight"] else "none",
+            student_features=("*",),
+            teacher_features={"*": "map"} if hints else {},
+            batch_relations=bool(settings.get("angle_share") or settings.get("angle_weight")),
+            heldout=variant == "repaired",
+        )
+
+    def forward(self, step: Step) -> LossTerms:
+        """The terms of the card, without those of weight 0, and the state of the gate."""
+        settings, temperature, student = self.settings, self.settings["temperature"], step.student
+        compat = bool(settings.get("official_compat"))
+        weights = self.weighting(step)
+        targets = integrate(teachers_of(step).logits, weights, temperature)
+
+        soft = kl_divergence(targets, student.logits, temperature)
+        soft = soft / self.shapes.num_classes if compat else soft
+        terms = {"soft_targets": Term(soft, settings["soft_target_weight"])}
+        if settings["label_weight"]:
+            labels = cross_entropy(student.logits, step.label_targets, temperature if compat else 1.0)
+            terms["labels"] = Term(labels, settings["label_weight"])
+        if (angle_weight := self.angle_weight()) not in (0.0, Share(0.0)):
+            answers = F.softmax(full_precision(student.logits) / temperature, dim=1)
+            terms["angles"] = Term(relation_angles(answers, targets.detach()), angle_weight)
+        if (hint_weight := self.hint_weight(step.progress)) not in (0.0, Share(0.0)):
+            terms["hints"] = Term(self._hint_errors(step), hint_weight)
+        if isinstance(self.weighting, LatentFactors) and settings["regulariser_weight"]:
+            terms["regulariser"] = Term(self.weighting.squared_norm(), settings["regulariser_weight"])
+        return LossTerms(terms, self.weighting.diagnostics(weights))
+
+    def refit(self, heldout: Step) -> Mapping[str, float]:
+        """Refits the repaired gate; the paper's learns with the student."""
+        return self.weighting.refit(heldout)
+
+    def reduce_heldout(self, step: Step) -> Step:
+        """All that the gate reads of the student's maps is the maximum of the deepest one."""
+        stage = self.weighting.stage
+        pooled = step.student.features[stage].amax((2, 3), keepdim=True)
+        return replace(without_features(step), student=Outputs(step.student.logits, {stage: pooled}))
+
+    def angle_weight(self) -> float | Share:
+        """The weight of the term `angles`."""
+        if self.variant == "paper":
+            return self.settings["angle_weight"]
+        return Share(self.settings["angle_share"])
+
+    def hint_weight(self, progress: float) -> float | Share:
+        """The weight of the term `hints`: in the repaired form a share that falls linearly to 0 at `hint_until`."""
+        if self.variant == "paper":
+            return self.settings["hint_weight"]
+        return Share(self.settings["hint_share"] * max(0.0, 1.0 - progress / self.settings["hint_until"]))
+
+    def _build_regressor(self, student_channels: int, teacher_channels: int) -> nn.Module:
+        if self.variant == "paper":
+            return nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+        return Regressor(student_channels, teacher_channels)
+
+    def _hint_errors(self, step: Step) -> Scalar:
+        teachers = teachers_of(step)
+        errors = []
+        for features, teacher in zip(teachers.features, teachers.teacher_ids, strict=True):
+            group, stage = self.pairs[teacher]
+            student, hint = align(step.student.features[group], features[stage])
+            if self.variant == "paper":
+                student = self.regressors[teacher](F.normalize(full_precision(student), dim=1))
+                errors.append(hint_error(student, hint, "mse"))
+            else:
+                errors.append(hint_error(self.regressors[teacher](student), hint, "cosine"))
+        return torch.stack(errors).sum()
+
+
+class Regressor(nn.Module):
+    """A 1×1 convolution and batch norm, from the channels of a student's group to those of a teacher's hint."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(teacher_channels)
+
+    def forward(self, features: FeatureMap) -> Float[Tensor, "batch hint_channels height width"]:
+        """The map with the teacher's number of channels."""
+        projected = self.convolution(features)
+        if projected.numel() > projected.shape[1]:
+            normalised: Tensor = self.norm(projected)
+            return normalised
+        norm = self.norm  # one value per channel has no variance of its own: use the running statistics
+        return F.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+def pair_hints(shapes: NetworkShapes) -> tuple[tuple[str, str], ...]:
+    """For each teacher, the student's stage that it teaches and the teacher's own deepest stage.
+
+    The teachers come shallow to deep, and so do the student's g stages; teacher t of m (from 0) teaches stage
+    ⌈(t + 1) g / m⌉ (from 1). So equal numbers are paired one to one, the last teacher always teaches the last stage, of
+    more stages the deeper of each interval are taught, and of more teachers neighbours share a stage: none is dropped.
+
+    Raises:
+        ShapeError: a network without feature maps.
+    """
+    groups, count = list(shapes.student), len(shapes.teachers)
+    for number, stages in enumerate(shapes.teachers, start=1):
+        if not stages or not groups:
+            who = f"teacher {number}" if groups else "the student"
+            raise ShapeError(f"{who} has no feature maps for hints", fix="name its stages, or method.hint_share=0")
+    return tuple(
+        (groups[-(-(teacher + 1) * len(groups) // count) - 1], list(stages)[-1])
+        for teacher, stages in enumerate(shapes.teachers)
+    )
+
+
+def resolve_options(variant: Variant, **given: float | None) -> Mapping[str, float]:
+    """The variant's values, with those that were given in their place.
+
+    Raises:
+        RecipeError: an option that this variant does not have.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    foreign = [name for name in chosen if name not in DEFAULTS[variant]]
+    if foreign:
+        other = "paper" if variant == "repaired" else "repaired"
+        raise RecipeError(
+            f"{', '.join(foreign)} belongs to variant {other}, not to {variant} (which has: "
+            f"{', '.join(DEFAULTS[variant])})",
+            where="method",
+        )
+    return {**DEFAULTS[variant], **chosen}

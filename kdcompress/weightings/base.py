@@ -1,0 +1,145 @@
+"""What a weighting is: how much each teacher counts for each image. One file each, found by its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kdcompress.discovery import find_class, list_names
+from kdcompress.errors import ShapeError
+from kdcompress.types import EnsembleOutputs, NetworkShapes, Step, TeacherWeights
+
+PACKAGE = "kdcompress.weightings"
+
+UNFITTED, UNIFORM, STATIC, INSTANCE = -1, 0, 1, 2
+"""What a gate that is fitted on held-out images decided: nothing yet, averaging, one weight per teacher, per image."""
+
+COLLAPSED_SPREAD = 1e-3
+COLLAPSED_MEAN = 0.99
+
+
+class Weighting(nn.Module, ABC):
+    """Weights of the teachers, from what the networks said. The constructor takes the shapes, then its options.
+
+    Args:
+        shapes: of the student's and the teachers' feature maps.
+    """
+
+    def __init__(self, shapes: NetworkShapes) -> None:
+        super().__init__()
+        self.num_teachers = len(shapes.teachers)
+
+    @abstractmethod
+    def forward(self, step: Step) -> TeacherWeights:
+        """One row per image, each summing to 1, in the teachers' order. fp32."""
+
+    def refit(self, heldout: Step) -> Mapping[str, float]:
+        """Learns from held-out images, once per epoch, and says what it found. Most weightings learn nothing here."""
+        return {}
+
+    def diagnostics(self, weights: TeacherWeights) -> Mapping[str, Tensor]:
+        """Detached figures worth logging; see `describe_weights`."""
+        return describe_weights(weights)
+
+
+def list_weightings() -> tuple[str, ...]:
+    """The names of all weightings."""
+    return list_names(PACKAGE)
+
+
+def find_weighting(name: str) -> type[Weighting]:
+    """The class of a name, or of "module:Class".
+
+    Raises:
+        InputError: there is none.
+    """
+    return find_class(PACKAGE, name, Weighting)  # type: ignore[type-abstract]
+
+
+def teachers_of(step: Step) -> EnsembleOutputs:
+    """The teachers' outputs.
+
+    Raises:
+        ShapeError: the step has none.
+    """
+    if step.teachers is None:
+        raise ShapeError("this method learns from teachers, and the step has none", fix="--teachers CKPT …")
+    return step.teachers
+
+
+def by_teacher(rows: Float[Tensor, "all_teachers *rest"], step: Step) -> Float[Tensor, "teachers *rest"]:
+    """Of what has one row per teacher, the rows of the teachers that answered in this step, in their order."""
+    ids = teachers_of(step).teacher_ids
+    return rows if ids == tuple(range(len(rows))) else torch.stack([rows[number] for number in ids])
+
+
+def last_stage(shapes: NetworkShapes) -> tuple[str, int]:
+    """Name and channels of the student's deepest feature map.
+
+    Raises:
+        ShapeError: the student has no feature maps.
+    """
+    if not shapes.student:
+        raise ShapeError(
+            "this weighting reads the student's last feature map, and none was found", fix="student.stages"
+        )
+    name = list(shapes.student)[-1]
+    return name, shapes.student[name][0]
+
+
+def describe_weights(weights: TeacherWeights) -> Mapping[str, Tensor]:
+    """Mean weight of each teacher, spread over the images, and entropy. Detached, nothing is synchronised.
+
+    Returns:
+        `teacher_weight_mean` [teachers]; `teacher_weight_std` [teachers], over the images of the batch;
+        `teacher_weight_entropy` [], the mean over images of the entropy as a fraction of its maximum log(teachers).
+    """
+    weights = weights.detach().float()
+    entropy = torch.special.entr(weights).sum(1).mean()
+    largest = torch.log(torch.tensor(float(max(weights.shape[1], 2))))
+    return {
+        "teacher_weight_mean": weights.mean(0),
+        "teacher_weight_std": weights.std(0, correction=0),
+        "teacher_weight_entropy": entropy / largest.to(entropy),
+    }
+
+
+def diagnose(diagnostics: Mapping[str, Float[Tensor, "..."]], names: Sequence[str] = ()) -> tuple[str, ...]:
+    """What a user should know about the teachers' weights, in plain sentences; none where all is well.
+
+    Args:
+        diagnostics: of one step, or their means over many. What `Weighting.diagnostics` does not give is not judged.
+        names: of the teachers, in order; numbered from 1 without.
+    """
+    if "teacher_weight_mean" not in diagnostics or len(diagnostics["teacher_weight_mean"]) < 2:
+        return ()
+    mean = diagnostics["teacher_weight_mean"].tolist()
+    names = names or [f"teacher {number}" for number in range(1, len(mean) + 1)]
+    shown = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, mean, strict=True))
+    if "gate_choice" in diagnostics:
+        return _diagnose_fitted(diagnostics, shown)
+    if max(mean) > COLLAPSED_MEAN:
+        return (f"The gate has collapsed to one teacher; the others teach nothing ({shown}).",)
+    if float(diagnostics["teacher_weight_std"].max()) < COLLAPSED_SPREAD:
+        return (f"The gate has collapsed to fixed weights; it does not tell images apart ({shown}).",)
+    return ()
+
+
+def _diagnose_fitted(diagnostics: Mapping[str, Tensor], shown: str) -> tuple[str, ...]:
+    choice = int(diagnostics["gate_choice"])
+    gain, error = float(diagnostics["gate_gain"]), float(diagnostics["gate_gain_error"])
+    figures = f"held-out NLL of the mixture better by {gain:.4f} ± {error:.4f}"
+    if choice == UNFITTED:
+        return ("The teachers are averaged: there are no held-out images to learn weights from (--holdout DIR).",)
+    if choice == UNIFORM:
+        return (
+            f"Averaging is best for these teachers: no weights do better on held-out images by more than one standard "
+            f"error ({figures}).",
+        )
+    if choice == STATIC:
+        return (f"One fixed weight per teacher is best for these teachers ({shown}; {figures}).",)
+    return ()
