@@ -13,7 +13,7 @@ from typing import IO, Any
 from kdcompress.errors import KdcompressError, OutputError, RunError
 
 
-def _output_error(path: Path, error: OSError) -> KdcompressError:
+def output_error(path: Path, error: OSError) -> KdcompressError:
     """A full disk is a failed run (exit 1); a place that cannot be written to is wrong input (exit 2)."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"no space left while writing {path}", fix="free some space and run the same command again")
@@ -50,7 +50,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary.replace(path)
         _fsync_folder(path.parent)
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             temporary.rename(path)
         _fsync_folder(path.parent)
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -102,7 +102,7 @@ def require_empty(path: Path) -> None:
         try:
             first = next(path.iterdir(), None)
         except OSError as error:
-            raise _output_error(path, error) from error
+            raise output_error(path, error) from error
         if first is not None:
             raise OutputError(f"{path} is not empty (it holds {first.name})", where="--out", fix="choose a new folder")
     elif path.exists():
