@@ -16,8 +16,9 @@ from kdcompress.types import FeatureMap, LabelTargets, Logits, Scalar, TeacherLo
 
 MAX_TRIPLES_BATCH = 128
 """The largest batch whose triples are all related to each other; a larger one is cut into seeded groups."""
-APART = 1e-6
-"""Two points nearer than this have no direction between them: the angle there is 0 and so is its gradient."""
+APART = 8.0
+"""Two points nearer than this times the precision of their numbers have no direction between them: an angle there is 0,
+and so is its gradient."""
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -112,7 +113,11 @@ def relation_distances(
     return F.smooth_l1_loss(_relative_distances(full_precision(student)), _relative_distances(full_precision(teacher)))
 
 
-def hint_error(student: FeatureMap, hint: FeatureMap, form: Literal["cosine", "mse"] = "cosine") -> Scalar:
+def hint_error(
+    student: FeatureMap,
+    hint: Float[Tensor, "batch channels hint_height hint_width"],
+    form: Literal["cosine", "mse"] = "cosine",
+) -> Scalar:
     """How far a regressed student map is from a teacher's, position by position.
 
     Args:
@@ -129,7 +134,9 @@ def hint_error(student: FeatureMap, hint: FeatureMap, form: Literal["cosine", "m
     return F.mse_loss(student, F.normalize(hint, dim=1))
 
 
-def align(one: FeatureMap, other: FeatureMap) -> tuple[Tensor, Tensor]:
+def align(
+    one: FeatureMap, other: Float[Tensor, "batch other_channels other_height other_width"]
+) -> tuple[Tensor, Tensor]:
     """Both maps at the smaller height and width of the two, by average pooling."""
     size = (min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3]))
     return _pool(one, size), _pool(other, size)
@@ -148,7 +155,7 @@ def _angles(points: Tensor) -> Tensor:
     """[j, i, k]: the cosine of the angle at j between i and k."""
     difference = points[None, :, :] - points[:, None, :]
     squared = difference.square().sum(2, keepdim=True)
-    apart = squared > APART**2
+    apart = _apart(squared)
     # where() before rsqrt(): a zero distance must not put an infinite gradient into the other branch.
     directions = torch.where(apart, difference * torch.where(apart, squared, 1.0).rsqrt(), 0.0)
     return directions @ directions.transpose(1, 2)
@@ -156,7 +163,11 @@ def _angles(points: Tensor) -> Tensor:
 
 def _relative_distances(points: Tensor) -> Tensor:
     squared = (points[None, :, :] - points[:, None, :]).square().sum(2)
-    apart = squared > APART**2
+    apart = _apart(squared)
     distances = torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
     mean = distances.sum() / apart.sum().clamp_min(1)
     return distances / torch.where(mean > 0, mean, 1.0)
+
+
+def _apart(squared: Tensor) -> Tensor:
+    return squared > (APART * torch.finfo(squared.dtype).eps) ** 2

@@ -12,8 +12,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from kdcompress.discovery import Card, find_class, list_names, read_card
+from kdcompress.discovery import Card, check_options, find_class, list_names, read_card
 from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Step
+from kdcompress.weightings.base import diagnose
+
+__all__ = ["Method", "card", "check_options", "diagnose", "find_method", "list_methods", "without_features"]
 
 PACKAGE = "kdcompress.methods"
 

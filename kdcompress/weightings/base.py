@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -100,46 +101,47 @@ def describe_weights(weights: TeacherWeights) -> Mapping[str, Tensor]:
     """
     weights = weights.detach().float()
     entropy = torch.special.entr(weights).sum(1).mean()
-    largest = torch.log(torch.tensor(float(max(weights.shape[1], 2))))
     return {
         "teacher_weight_mean": weights.mean(0),
         "teacher_weight_std": weights.std(0, correction=0),
-        "teacher_weight_entropy": entropy / largest.to(entropy),
+        "teacher_weight_entropy": entropy / math.log(max(weights.shape[1], 2)),
     }
 
 
-def diagnose(diagnostics: Mapping[str, Float[Tensor, "..."]], names: Sequence[str] = ()) -> tuple[str, ...]:
+def diagnose(diagnostics: Mapping[str, Tensor | Sequence[float] | float], names: Sequence[str] = ()) -> tuple[str, ...]:
     """What a user should know about the teachers' weights, in plain sentences; none where all is well.
 
     Args:
-        diagnostics: of one step, or their means over many. What `Weighting.diagnostics` does not give is not judged.
+        diagnostics: of one step, or their means over many, as tensors or as numbers read from a log. Where there are
+            no `teacher_weight_…` among them nothing is judged.
         names: of the teachers, in order; numbered from 1 without.
     """
-    if "teacher_weight_mean" not in diagnostics or len(diagnostics["teacher_weight_mean"]) < 2:
+    figures = {name: torch.as_tensor(value) for name, value in diagnostics.items()}
+    mean = figures["teacher_weight_mean"].tolist() if "teacher_weight_mean" in figures else []
+    if len(mean) < 2:
         return ()
-    mean = diagnostics["teacher_weight_mean"].tolist()
     names = names or [f"teacher {number}" for number in range(1, len(mean) + 1)]
     shown = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, mean, strict=True))
-    if "gate_choice" in diagnostics:
-        return _diagnose_fitted(diagnostics, shown)
+    if "gate_choice" in figures:
+        return _diagnose_fitted(figures, shown)
     if max(mean) > COLLAPSED_MEAN:
         return (f"The gate has collapsed to one teacher; the others teach nothing ({shown}).",)
-    if float(diagnostics["teacher_weight_std"].max()) < COLLAPSED_SPREAD:
+    if float(figures["teacher_weight_std"].max()) < COLLAPSED_SPREAD:
         return (f"The gate has collapsed to fixed weights; it does not tell images apart ({shown}).",)
     return ()
 
 
-def _diagnose_fitted(diagnostics: Mapping[str, Tensor], shown: str) -> tuple[str, ...]:
-    choice = int(diagnostics["gate_choice"])
-    gain, error = float(diagnostics["gate_gain"]), float(diagnostics["gate_gain_error"])
-    figures = f"held-out NLL of the mixture better by {gain:.4f} ± {error:.4f}"
+def _diagnose_fitted(figures: Mapping[str, Tensor], shown: str) -> tuple[str, ...]:
+    choice = round(float(figures["gate_choice"]))
+    gain, error = float(figures["gate_gain"]), float(figures["gate_gain_error"])
+    evidence = f"held-out NLL of the mixture better by {gain:.4f} ± {error:.4f}"
     if choice == UNFITTED:
         return ("The teachers are averaged: there are no held-out images to learn weights from (--holdout DIR).",)
     if choice == UNIFORM:
         return (
             f"Averaging is best for these teachers: no weights do better on held-out images by more than one standard "
-            f"error ({figures}).",
+            f"error ({evidence}).",
         )
     if choice == STATIC:
-        return (f"One fixed weight per teacher is best for these teachers ({shown}; {figures}).",)
+        return (f"One fixed weight per teacher is best for these teachers ({shown}; {evidence}).",)
     return ()
