@@ -18,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 import kdcompress
-from kdcompress.errors import BundleError
+from kdcompress.errors import BundleError, ShapeError
 from kdcompress.files import atomic_folder, file_digest
+from kdcompress.types import Images
 
 Kind: TypeAlias = Literal["torch", "onnx", "trt"]
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
@@ -268,6 +270,29 @@ def read_bundle(path: Path) -> Bundle:
         what = f"{bundle.file} was changed: its digest is {found[:12]}…, {bundle.model_digest[:12]}… was written"
         raise BundleError(what, where=str(path), fix="write the bundle again")
     return bundle
+
+
+def fit_images(images: Images, preprocess: Preprocess) -> Images:
+    """Brings images to the size a network takes, by the method its `Preprocess` names; the values stay in [0, 1].
+
+    Raises:
+        ShapeError: other channels than the network takes, or another size where it resizes nothing.
+    """
+    channels, height, width = images.shape[1:]
+    wanted = preprocess.image_shape
+    if (channels, height, width) == wanted:
+        return images
+    if channels != preprocess.channels or preprocess.resize == "none":
+        what = f"images are {channels} × {height} × {width}, the network takes {' × '.join(map(str, wanted))}"
+        raise ShapeError(what, fix="give images of that size")
+    size = [preprocess.height, preprocess.width]
+    if preprocess.resize == "bilinear":
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+    scale = max(preprocess.height / height, preprocess.width / width)
+    scaled = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
+    top, left = ((whole - part) // 2 for whole, part in zip(scaled, size, strict=True))
+    images = F.interpolate(images, scaled, mode="bilinear", antialias=True)
+    return images[:, :, top : top + size[0], left : left + size[1]]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,237 @@
+"""What is done to an ONNX graph so that every runtime takes it: small rewrites, each exact, each on a `ModelProto`.
+
+`onnx` is imported on use, so that nothing but exporting and quantizing pays for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcompress.bundle import Bundle
+
+ModelProto: TypeAlias = Any
+NodeProto: TypeAlias = Any
+
+IR_VERSION = 8
+"""Of onnx 1.12, with opset 17: what TensorRT 8.6 and onnxruntime 1.13 read."""
+
+
+def strip_traces(model: ModelProto) -> None:
+    """Drops stack traces, source files and the exporter's notes: they hold machine paths and change from run to run."""
+    graph = model.graph
+    for item in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        item.ClearField("metadata_props")
+        item.doc_string = ""
+    graph.ClearField("value_info")
+
+
+def drop_unused_initializers(model: ModelProto) -> None:
+    """Drops constants that no node reads."""
+    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    for initializer in [item for item in model.graph.initializer if item.name not in used]:
+        model.graph.initializer.remove(initializer)
+
+
+def keep_global_pooling(model: ModelProto) -> None:
+    """Turns the mean over height and width, as which exporters write it, back into GlobalAveragePool.
+
+    Runtimes quantize and fuse GlobalAveragePool; many do neither with ReduceMean. A mean without kept dimensions
+    becomes GlobalAveragePool and Flatten.
+    """
+    from onnx import helper
+
+    ranks = _ranks(model)
+    constants = _constants(model)
+    for node in list(model.graph.node):
+        if node.op_type != "ReduceMean" or ranks.get(node.input[0]) != 4:
+            continue
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        axes = constants.get(node.input[1]) if len(node.input) > 1 else attributes.get("axes")
+        if axes is None or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+            continue
+        pooled = node.output[0] if attributes.get("keepdims", 1) else f"{node.output[0]}_pooled"
+        nodes = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name)]
+        if pooled != node.output[0]:
+            nodes.append(helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{node.name}_flatten", axis=1))
+        _replace(model, node, nodes)
+
+
+def shortcuts_as_convolutions(model: ModelProto) -> None:
+    """Turns the option-A shortcut (every second pixel, channels padded with zeros) into one fixed 1 × 1 convolution.
+
+    Exact: its weights are zeros and ones. Runtimes fuse it with the addition that follows and keep it in INT8, where
+    Slice and Pad cost a round trip through fp32 and another memory layout (measured: docs/results.md).
+    """
+    from onnx import helper, numpy_helper
+
+    producers = {output: node for node in model.graph.node for output in node.output}
+    readers = _reader_counts(model)
+    channels = _channels(model)
+    constants = _constants(model)
+    for pad in [node for node in model.graph.node if node.op_type == "Pad"]:
+        before_after = _channel_padding(pad, constants)
+        slices, source = _spatial_slices(pad.input[0], producers, constants)
+        if before_after is None or not slices or source not in channels:
+            continue
+        if any(readers[node.output[0]] != 1 for node in slices):
+            continue
+        before, after = before_after
+        num_channels = channels[source]
+        weight = np.zeros((before + num_channels + after, num_channels, 1, 1), dtype=np.float32)
+        weight[np.arange(num_channels) + before, np.arange(num_channels)] = 1.0
+        name = f"{pad.name}_weight"
+        model.graph.initializer.append(numpy_helper.from_array(weight, name))
+        steps = _steps(slices, constants)
+        convolution = helper.make_node(
+            "Conv", [source, name], list(pad.output), name=pad.name, kernel_shape=[1, 1], strides=steps
+        )
+        _replace(model, pad, [convolution])
+        for node in slices:
+            model.graph.node.remove(node)
+
+
+def lower_opset(model: ModelProto, opset: int) -> bool:
+    """Declares an older opset where every node means the same in it; answers whether it did.
+
+    A node means the same if its operator did not change in between, or uses none of what was added (`_UNCHANGED`).
+    """
+    from onnx import defs
+
+    current = next(entry for entry in model.opset_import if not entry.domain)
+    for node in model.graph.node:
+        if node.domain:
+            return False
+        new = defs.get_schema(node.op_type, current.version).since_version
+        try:
+            old = defs.get_schema(node.op_type, opset).since_version
+        except defs.SchemaError:
+            return False
+        if old != new and not _UNCHANGED.get((node.op_type, old, new), _never)(node):
+            return False
+    current.version = opset
+    model.ir_version = IR_VERSION
+    return True
+
+
+def _never(node: NodeProto) -> bool:  # noqa: ARG001
+    return False
+
+
+_UNCHANGED: Mapping[tuple[str, int, int], Callable[[NodeProto], bool]] = {
+    ("Pad", 13, 18): lambda node: len(node.input) <= 3,  # 18 added the input `axes` and the mode "wrap"
+    ("Split", 13, 18): lambda node: len(node.input) == 2,  # 18 added `num_outputs` in place of the sizes
+    ("Resize", 13, 18): lambda node: not {"antialias", "axes", "keep_aspect_ratio_policy"} & _attribute_names(node),
+}
+
+
+def _attribute_names(node: NodeProto) -> set[str]:
+    return {attribute.name for attribute in node.attribute}
+
+
+def bundle_metadata(bundle: Bundle, provenance: tuple[Mapping[str, Any], ...]) -> dict[str, str]:
+    """What stands in the metadata of a file, so that it can be used without its bundle: JSON, but for the name."""
+    return {
+        "arch": bundle.arch,
+        "classes": json.dumps(bundle.classes, ensure_ascii=False),
+        "preprocess": json.dumps(asdict(bundle.preprocess)),
+        "provenance": json.dumps(provenance, ensure_ascii=False),
+    }
+
+
+def set_metadata(model: ModelProto, metadata: Mapping[str, str]) -> None:
+    """Replaces the model's metadata; the order is sorted, so that equal content is equal bytes."""
+    from onnx import helper
+
+    model.ClearField("metadata_props")
+    helper.set_model_props(model, dict(sorted(metadata.items())))
+
+
+def _replace(model: ModelProto, node: NodeProto, nodes: list[NodeProto]) -> None:
+    position = next(index for index, other in enumerate(model.graph.node) if other is node or other == node)
+    model.graph.node.remove(node)
+    for offset, new in enumerate(nodes):
+        model.graph.node.insert(position + offset, new)
+
+
+def _constants(model: ModelProto) -> dict[str, NDArray[Any]]:
+    from onnx import numpy_helper
+
+    values = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer if _is_small(item)}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    return values
+
+
+def _is_small(tensor: Any) -> bool:
+    return bool(np.prod(tensor.dims, dtype=np.int64) <= 16)
+
+
+def _inferred(model: ModelProto) -> Any:
+    from onnx import shape_inference
+
+    graph = shape_inference.infer_shapes(model).graph
+    return [*graph.value_info, *graph.input, *graph.output]
+
+
+def _ranks(model: ModelProto) -> dict[str, int]:
+    return {value.name: len(value.type.tensor_type.shape.dim) for value in _inferred(model)}
+
+
+def _channels(model: ModelProto) -> dict[str, int]:
+    dims = {value.name: value.type.tensor_type.shape.dim for value in _inferred(model)}
+    return {name: shape[1].dim_value for name, shape in dims.items() if len(shape) == 4 and shape[1].dim_value}
+
+
+def _reader_counts(model: ModelProto) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in [name for node in model.graph.node for name in node.input] + [out.name for out in model.graph.output]:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _channel_padding(pad: NodeProto, constants: Mapping[str, NDArray[Any]]) -> tuple[int, int] | None:
+    """How many zero channels are put before and after, or None if this pads anything else."""
+    pads = constants.get(pad.input[1]) if len(pad.input) > 1 else None
+    value = constants.get(pad.input[2], np.ones(1)) if len(pad.input) > 2 and pad.input[2] else np.zeros(1)
+    modes = [attribute.s for attribute in pad.attribute if attribute.name == "mode"]
+    if pads is None or len(pads) != 8 or len(pad.input) > 3 or np.any(value != 0) or modes not in ([], [b"constant"]):
+        return None
+    before, after = int(pads[1]), int(pads[5])
+    elsewhere = [int(pads[axis]) for axis in (0, 2, 3, 4, 6, 7)]
+    return (before, after) if not any(elsewhere) and min(before, after) >= 0 else None
+
+
+def _slice_steps(node: NodeProto, constants: Mapping[str, NDArray[Any]]) -> dict[int, int] | None:
+    """Axis -> step of a Slice that begins at 0, goes to the end, and touches height and width only."""
+    if node.op_type != "Slice" or len(node.input) != 5 or any(name not in constants for name in node.input[1:]):
+        return None
+    starts, ends, axes, steps = (constants[name].reshape(-1) for name in node.input[1:])
+    whole = not starts.any() and bool((ends >= 2**31 - 1).all()) and bool((steps >= 1).all())
+    found = {int(axis) % 4: int(step) for axis, step in zip(axes, steps, strict=True)}
+    return found if whole and set(found) <= {2, 3} else None
+
+
+def _spatial_slices(
+    name: str, producers: Mapping[str, NodeProto], constants: Mapping[str, NDArray[Any]]
+) -> tuple[list[NodeProto], str]:
+    """The Slices over height and width that end in `name`, last first, and what they start from."""
+    slices: list[NodeProto] = []
+    while name in producers and _slice_steps(producers[name], constants) is not None:
+        slices.append(producers[name])
+        name = producers[name].input[0]
+    return slices, name
+
+
+def _steps(slices: list[NodeProto], constants: Mapping[str, NDArray[Any]]) -> list[int]:
+    steps = {2: 1, 3: 1}
+    for node in slices:
+        for axis, step in (_slice_steps(node, constants) or {}).items():
+            steps[axis] *= step
+    return [steps[2], steps[3]]

@@ -1,0 +1,65 @@
+"""What a quantizer is, and how one is found."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from kdcompress.bundle import Bundle, Kind, Precision
+from kdcompress.errors import InputError, unknown_name
+from kdcompress.profiles import Profile
+from kdcompress.types import Images
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """Writes a bundle in a lower precision. Its file holds one as `QUANTIZER`; the file's name is the quantizer's."""
+
+    takes: Kind
+    makes: Precision
+
+    def run(
+        self,
+        bundle: Bundle,
+        calibration: Images,
+        out: Path,
+        *,
+        profile: Profile,
+        images: Images | None = None,
+        replace: bool = False,
+    ) -> Bundle:
+        """Writes `bundle` in this precision; what it agrees with its source on stands in the provenance.
+
+        Args:
+            bundle: an fp32 bundle of the kind that this quantizer takes.
+            calibration: real training images in [0, 1], at the network's size, to find the ranges of activations on.
+            out: the folder to make.
+            profile: what the runtime that it is for wants.
+            images: real images to compare the answers on; by default the calibration images.
+            replace: take the place of an existing folder.
+
+        Raises:
+            VerificationError: what was written does not run, or does not answer as `bundle` does.
+            OutputError: `out` is not empty or cannot be written to.
+        """
+        ...
+
+
+def list_quantizers() -> tuple[str, ...]:
+    """The names of all quantizers."""
+    folder = Path(__file__).parent
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if module.name != "base"))
+
+
+def find_quantizer(name: str) -> Quantizer:
+    """The quantizer of that name.
+
+    Raises:
+        InputError: there is none; the nearest is named.
+    """
+    if name not in list_quantizers():
+        raise InputError(unknown_name("quantizer", name, list_quantizers()))
+    quantizer: Quantizer = importlib.import_module(f"kdcompress.quantize.{name}").QUANTIZER
+    return quantizer

@@ -1,0 +1,204 @@
+"""INT8 after training: ranges from real images, scales and zero points written as Q/DQ pairs into the ONNX graph.
+
+ONNX Runtime's own quantizer does it, with the scheme of a profile. Ranges are the least and largest value seen
+(min-max).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcompress import onnx_graph
+from kdcompress.bundle import Bundle, Kind, Precision, fit_images, provenance_step, write_bundle
+from kdcompress.errors import InputError, ShapeError, VerificationError
+from kdcompress.evaluate import agreement
+from kdcompress.profiles import Profile, instruction_sets
+from kdcompress.runtimes.onnxruntime_runtime import first_line, open_session
+from kdcompress.types import Images, Logits
+
+_BATCH = 32
+_LEAST_AGREEMENT = 0.5
+"""Below this a file does not answer as its source does; between this and 1 is for the user to judge."""
+
+
+class _Int8:
+    """See the module."""
+
+    takes: Kind = "onnx"
+    makes: Precision = "int8"
+
+    def run(
+        self,
+        bundle: Bundle,
+        calibration: Images,
+        out: Path,
+        *,
+        profile: Profile,
+        images: Images | None = None,
+        replace: bool = False,
+    ) -> Bundle:
+        """See `Quantizer.run`."""
+        if (bundle.kind, bundle.precision) != (self.takes, "fp32"):
+            what = f"INT8 is made from an fp32 {self.takes} bundle, this is {bundle.precision} {bundle.kind}"
+            raise InputError(what, where=str(bundle.path), fix="export it to ONNX first")
+        if len(calibration) == 0:
+            raise ShapeError("no images to calibrate on")
+        calibration = fit_images(calibration, bundle.preprocess)
+        compared = calibration if images is None else fit_images(images, bundle.preprocess)
+        reduce_range = profile.reduces_range(instruction_sets())
+        model = quantize_model(bundle.model_path, calibration, profile, reduce_range=reduce_range)
+        source, quantized = bundle.model_path.read_bytes(), model.SerializeToString(deterministic=True)
+        agreed = agreement(predict(source, compared), predict(quantized, compared))
+        if agreed < _LEAST_AGREEMENT:
+            what = f"INT8 gives the class of fp32 for {agreed:.1%} of {len(compared)} images, at least half is needed"
+            raise VerificationError(what, where=str(bundle.path))
+        step = provenance_step(
+            "quantize-int8",
+            bundle,
+            profile=profile.name,
+            activation_type=profile.activation_type,
+            weight_type=profile.weight_type,
+            per_channel=profile.per_channel,
+            reduce_range=reduce_range,
+            calibration={"method": "min-max", "images": len(calibration), "digest": images_digest(calibration)},
+            agreement={
+                "with": "fp32",
+                "value": round(agreed, 6),
+                "images": len(compared),
+                "on": "calibration" if images is None else "other images",
+            },
+        )
+        provenance = (*bundle.provenance, step)
+        onnx_graph.set_metadata(model, onnx_graph.bundle_metadata(bundle, provenance))
+        content = model.SerializeToString(deterministic=True)
+
+        def write_model(path: Path) -> None:
+            path.write_bytes(content)
+
+        return write_bundle(
+            out,
+            write_model,
+            kind="onnx",
+            precision="int8",
+            classes=bundle.classes,
+            preprocess=bundle.preprocess,
+            arch=bundle.arch,
+            arch_args=bundle.arch_args,
+            num_params=bundle.num_params,
+            provenance=provenance,
+            replace=replace,
+        )
+
+
+QUANTIZER = _Int8()
+
+
+def quantize_model(path: Path, calibration: Images, profile: Profile, *, reduce_range: bool) -> Any:
+    """Quantizes an ONNX file by ONNX Runtime's static quantizer.
+
+    Args:
+        path: an fp32 ONNX file with the input `images`.
+        calibration: real images in [0, 1], at the network's size.
+        profile: the scheme.
+        reduce_range: whether weights get 7 bits.
+
+    Returns:
+        The quantized model, an `onnx.ModelProto`; the same bytes whenever it is made from the same.
+
+    Raises:
+        VerificationError: the quantizer could not be run on this graph, or made one that is not valid.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    types = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8}
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "int8.onnx"
+        try:
+            quantize_static(
+                path,
+                written,
+                _reader(calibration),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(profile.operators),
+                per_channel=profile.per_channel,
+                reduce_range=reduce_range,
+                activation_type=types[profile.activation_type],
+                weight_type=types[profile.weight_type],
+                calibrate_method=CalibrationMethod.MinMax,
+                # Logits of 8 bits would tie where fp32 decides; a matrix product gives its sums in fp32 for nothing.
+                extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+            )
+            model = onnx.load(written)
+            onnx_graph.drop_unused_initializers(model)
+            onnx_graph.strip_traces(model)
+            onnx.checker.check_model(model, full_check=True)
+        except Exception as error:  # the quantizer raises what any part of it raises
+            raise VerificationError(f"this graph cannot be quantized: {first_line(error)}", where=str(path)) from error
+    return model
+
+
+def predict(content: bytes, images: Images) -> Logits:
+    """The logits of an ONNX model that is not on disk yet.
+
+    Raises:
+        VerificationError: the model does not run, or answers with numbers that are not finite.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(content)
+        session = open_session(path)
+        answers = [session.run(["logits"], {"images": batch})[0] for batch in _batches(images)]
+    logits = torch.from_numpy(np.concatenate(answers))
+    if not bool(logits.isfinite().all()):
+        raise VerificationError("the quantized model answers with logits that are not finite numbers")
+    return logits
+
+
+def images_digest(images: Images) -> str:
+    """SHA-256 of images, as 8-bit values: what the ranges were found on."""
+    return hashlib.sha256((images * 255).round().to(torch.uint8).cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _batches(images: Images) -> Iterator[NDArray[np.float32]]:
+    for start in range(0, len(images), _BATCH):
+        yield images[start : start + _BATCH].to("cpu", torch.float32).contiguous().numpy()
+
+
+def _reader(images: Images) -> Any:
+    """What ONNX Runtime's calibration reads from."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = _batches(images)
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {"images": batch}
+
+    return Reader()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the quantizer logs and warns about itself."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

@@ -1,0 +1,72 @@
+"""ONNX bundles, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcompress.bundle import Bundle, Preprocess, fit_images
+from kdcompress.errors import BundleError, InputError, ShapeError
+from kdcompress.types import Images, Logits
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ERRORS_ONLY = 3
+
+
+class OnnxPredictor:
+    """An ONNX Runtime session that takes `images` and gives `logits`."""
+
+    def __init__(self, session: Any, preprocess: Preprocess) -> None:
+        import onnxruntime
+
+        self.runtime = f"onnxruntime {onnxruntime.__version__}"
+        self._session = session
+        self._preprocess = preprocess
+
+    def __call__(self, images: Images, /) -> Logits:
+        """Logits for images in [0, 1]."""
+        values = fit_images(images, self._preprocess).to("cpu", torch.float32).contiguous().numpy()
+        try:
+            (logits,) = self._session.run(["logits"], {"images": values})
+        except Exception as error:
+            raise ShapeError(f"the model does not take images of shape {values.shape}: {first_line(error)}") from error
+        return torch.from_numpy(logits).to(images.device)
+
+
+def open_bundle(bundle: Bundle, device: str, threads: int | None) -> OnnxPredictor:
+    """See `runtimes.open_bundle`."""
+    return OnnxPredictor(open_session(bundle.model_path, device, threads), bundle.preprocess)
+
+
+def open_session(path: Path, device: str = "cpu", threads: int | None = None) -> Any:
+    """A session on `device`, and on nothing else: no silent fallback to the CPU.
+
+    Raises:
+        InputError: this onnxruntime does not have the device.
+        BundleError: the file is not a model that it takes.
+    """
+    import onnxruntime
+
+    provider = _PROVIDERS.get(device.partition(":")[0])
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        known = ", ".join(name for name, needed in _PROVIDERS.items() if needed in available)
+        raise InputError(f"this onnxruntime does not run on {device}", where="--device", fix=f"use {known}")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads if threads is not None else torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # onnxruntime's own exceptions have no common public base
+        raise BundleError(f"onnxruntime does not take this model: {first_line(error)}", where=str(path)) from error
+    if session.get_providers()[0] != provider:
+        raise InputError(f"onnxruntime could not start on {device}", where="--device", fix="use cpu")
+    return session
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
