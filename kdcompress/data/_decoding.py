@@ -15,11 +15,11 @@ from typing import Literal, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int64
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from kdcompress.data._resizing import resize
 from kdcompress.data._stores import Ends, Store, ends_of
 from kdcompress.data.base import ImageSet, MemorySet, Pixels, available_cores, pixel_digest
 from kdcompress.errors import DataError, KdcompressError
@@ -220,11 +220,7 @@ def conform(pixels: np.ndarray, wanted: PixelFormat) -> np.ndarray:
 def _cover(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     scale = max(height / pixels.shape[1], width / pixels.shape[2])
     size = max(height, round(pixels.shape[1] * scale)), max(width, round(pixels.shape[2] * scale))
-    images = torch.from_numpy(np.array(pixels))[None]
-    if images.dtype == torch.uint8:
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
-    else:
-        images = F.interpolate(images.double(), size, mode="bilinear", antialias=True).round().clamp(0, 0xFFFF).int()
+    images = resize(torch.from_numpy(np.array(pixels))[None], size)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     cut: np.ndarray = images[0, :, top : top + height, left : left + width].numpy()
     return cut

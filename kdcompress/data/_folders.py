@@ -77,8 +77,8 @@ def read_classes(store: Store, prefix: str, shown: str) -> Classes:
     return Classes({name: tuple(files) for name, files in found.items()}, tuple(others))
 
 
-def read_parts(store: Store, shown: str) -> dict[str, Classes]:
-    """The parts train, val, test that a data set folder has, with their classes.
+def read_parts(store: Store, shown: str, wanted: tuple[str, ...] = ("train", "val", "test")) -> dict[str, Classes]:
+    """Those of the parts train, val, test that are wanted and that a data set folder has, with their classes.
 
     Raises:
         DataError: train/ is missing, everything else is missing, one part is there twice, or a class folder is empty.
@@ -89,7 +89,7 @@ def read_parts(store: Store, shown: str) -> dict[str, Classes]:
     named: dict[str, str] = {}
     for folder in folders:
         part = _PARTS.get(folder.lower())
-        if part is None:
+        if part is None or part not in wanted:
             continue
         if part in named:
             raise DataError(f"{shown} has both {named[part]}/ and {folder}/", fix="keep one of them")

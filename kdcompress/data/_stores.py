@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import stat
 import tarfile
@@ -78,8 +79,8 @@ def open_store(path: Path) -> Store:
             return ZipStore(path)
         if tarfile.is_tarfile(path):
             return TarStore(path)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"cannot read {path}: {error}", fix="download or pack it again") from error
     raise DataError(
         f"{path} is neither a folder nor an archive that can be read",
         fix="give a folder, or a whole .zip or .tar of one (a download may have been cut short)",
@@ -262,7 +263,7 @@ class TarStore:
                                     fix="unpack it, or give a plain .tar or a .zip: those are read in place",
                                 )
                             self._held[name] = file.read()
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"{path} is damaged or not a tar: {error}", fix="download or pack it again") from error
         self.files = tuple(sorted(self._places))
         self.folders = frozenset(folders)

@@ -182,9 +182,14 @@ class Views(ABC):
     """A space of `num_views` views of each image.
 
     `apply` is pure in (view seed, view, id); all else is a matter of speed.
+
+    Attributes:
+        num_views: how many views there are of each image.
+        num_images: how many images `partners` chooses among; None where nothing is mixed.
     """
 
     num_views: int
+    num_images: int | None = None
 
     @abstractmethod
     def apply(

@@ -91,9 +91,8 @@ class TrainLoader:
             raise RecipeError(f"a batch has at least 1 image, not {batch_size}", where="train.batch_size")
         if not 0 <= label_smoothing < 1:
             raise RecipeError(f"label smoothing lies in [0, 1), not {label_smoothing}", where="train.label_smoothing")
-        mixed = getattr(views, "num_images", len(split))
-        if mixed != len(split):
-            raise ShapeError(f"mixup among {mixed} images, the training split has {len(split)}")
+        if views.num_images not in (None, len(split)):
+            raise ShapeError(f"mixup among {views.num_images} images, the training split has {len(split)}")
         self.split = split
         self.views = views
         self.num_classes = num_classes

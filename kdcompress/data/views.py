@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from kdcompress.data._hashing import bounded, keyed_hash, uniform
+from kdcompress.data._resizing import resize
 from kdcompress.data.base import Pixels, Views, unit_interval
 from kdcompress.errors import RecipeError, unknown_name
 
@@ -152,14 +153,14 @@ class RandomResizedCrop(Views):
     ) -> Float32[Tensor, "batch channels height_out width_out"]:
         """The parts, resized to `size` with antialiased bilinear interpolation."""
         height, width = images.shape[2:]
-        out = torch.empty((*images.shape[:2], *self.size), dtype=torch.float32, device=images.device)
+        resized = torch.empty((*images.shape[:2], *self.size), dtype=images.dtype, device=images.device)
         for index, (top, left, rows, columns) in enumerate(self.boxes((height, width), ids, views).tolist()):
-            part = unit_interval(images[index : index + 1, :, top : top + rows, left : left + columns])
-            out[index] = F.interpolate(part, self.size, mode="bilinear", antialias=True)[0]
+            part = images[index : index + 1, :, top : top + rows, left : left + columns]
+            resized[index] = resize(part, self.size)[0]
         if self.flip:
             mirrored = torch.nonzero(bounded(keyed_hash(self.view_seed, _FLIP, views, ids), 2))[:, 0]
-            out[mirrored] = out[mirrored].flip(-1)
-        return out.clamp_(0, 1)
+            resized[mirrored] = resized[mirrored].flip(-1)
+        return unit_interval(resized)
 
     def key(self) -> str:
         """The name of the space and its parameters."""
@@ -178,7 +179,7 @@ class Mixup(Views):
     Args:
         base: the space that is mixed.
         alpha: λ is drawn from Beta(alpha, alpha), alpha above 0.
-        num_images: images of the training split, the partners' range.
+        num_images: images of the training split: partners are places in it, so that none comes from another split.
         view_seed: names the partners and shares.
     """
 
