@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -84,10 +84,11 @@ def format_place(progress: Progress) -> str:
     return f"epoch {progress.epoch}/{progress.num_epochs} · step {progress.step}/{progress.num_steps}"
 
 
+@runtime_checkable
 class Display(Protocol):
     """Where progress is shown, for the time of a `with` block. Calls are cheap; it leaves out what is too much."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Display: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -119,7 +120,7 @@ class LineDisplay:
         self._seconds = seconds
         self._last = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LineDisplay:
         self._last = time.monotonic()
         return self
 
@@ -160,7 +161,7 @@ class TerminalDisplay:
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._last = -math.inf
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TerminalDisplay:
         self._live.start()
         return self
 

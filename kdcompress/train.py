@@ -315,7 +315,7 @@ class _Run:
         for index, step in enumerate(self.steps(batch, outputs, answers, own)):
             losses: LossTerms = self.methods[index](step)
             loss = self._weigh(index, losses)
-            self.scaler.scale(loss).backward()
+            torch.autograd.backward(self.scaler.scale(loss))
             measured[f"{index}/loss"] = loss.detach()
             measured |= {f"{index}/terms/{name}": term.value.detach() for name, term in losses.terms.items()}
             measured |= {f"{index}/diagnostics/{name}": value for name, value in losses.diagnostics.items()}
@@ -539,7 +539,7 @@ class _Session:
         if not means:
             return
         elapsed = time.monotonic() - self.clock
-        speed = {"images_per_s": self.num_images / elapsed, "data_wait": self.waited / elapsed}
+        images_per_s, data_wait = self.num_images / elapsed, self.waited / elapsed
         self.start_clock()
         students = []
         for index, weights in enumerate(run.weights):
@@ -556,8 +556,9 @@ class _Session:
             step=run.step,
             lr=run.rate(run.step - 1),
             students=students,
+            images_per_s=images_per_s,
+            data_wait=data_wait,
             seconds=self.seconds,
-            **speed,
         )
         terms: dict[str, float] = {}
         felt: dict[str, float] = {}
@@ -566,7 +567,7 @@ class _Session:
             terms |= {f"{prefix}loss": student["loss"]}
             terms |= {f"{prefix}{name}": value for name, value in student["terms"].items()}
             felt |= {f"{prefix}{name}": value for name, value in student["shares"].items()}
-        self.progress = replace(self.progress, terms=terms, shares=felt, **speed)
+        self.progress = replace(self.progress, terms=terms, shares=felt, images_per_s=images_per_s, data_wait=data_wait)
 
     def finish_epoch(self, top1: tuple[float, ...], top1_ema: tuple[float, ...]) -> None:
         """Logs the epoch and adds it to the history."""
@@ -651,7 +652,7 @@ class _Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _take_down(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _take_down(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         self.__exit__()
 
@@ -664,7 +665,8 @@ def _validate(run: _Run, val: Split, stop_if_asked: Callable[[], None]) -> tuple
     def accuracy(student: Student, batches: Iterable[Batch]) -> float:
         def predict(images: Images) -> Logits:
             with run.autocast():
-                return student(images.to(run.device)).logits.float()
+                outputs: Outputs = student(images.to(run.device))
+            return outputs.logits.float()
 
         return evaluate(predict, batches, num_classes).top1
 
