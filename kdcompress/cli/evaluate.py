@@ -7,9 +7,7 @@ import click
 
 @click.command()
 @click.argument("model", metavar="BUNDLE|CKPT")
-@click.option(
-    "--data", metavar="DATA", required=True, help="Its test images: a folder, digits, cifar10:ROOT …"
-)
+@click.option("--data", metavar="DATA", required=True, help="Its test images: a folder, digits, cifar10:ROOT …")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: str, data: str, as_json: bool) -> None:
     """Accuracy of one bundle or checkpoint, with its interval."""

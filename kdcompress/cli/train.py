@@ -35,10 +35,10 @@ def command(
     \b
     kdcompress train --arch resnet56 --data cifar10:data --out runs/teacher-a
     """
-    from kdcompress.pipeline.distill import distill
+    from kdcompress.pipeline.distill import train_network
 
-    changes: dict[str, Any] = {"method": {"name": "supervised"}, "teachers": []}
+    changes: dict[str, Any] = {}
     for section, key, value in (("student", "arch", arch), ("student", "init", init), ("data", "source", data)):
         if value is not None:
             changes.setdefault(section, {})[key] = value
-    distill(changes, overrides, recipe=recipe, out=out, resume=resume, offline=offline)
+    train_network(changes, overrides, recipe=recipe, out=out, resume=resume, offline=offline)

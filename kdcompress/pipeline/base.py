@@ -22,9 +22,10 @@ from typing import Any
 from rich.console import Console
 
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
+from kdcompress.data import Splits, load_splits
 from kdcompress.errors import InputError, OutputError
 from kdcompress.files import atomic_write, require_empty
-from kdcompress.recipe import Recipe, build_recipe, read_recipe
+from kdcompress.recipe import DataSection, Recipe, build_recipe, read_recipe
 
 RUNS = Path("runs")
 RECIPE_FILE = "recipe.yaml"
@@ -34,7 +35,7 @@ STUDENT = "student"
 
 def console() -> Console:
     """Where the commands speak: standard output, in colour on a terminal, plain lines elsewhere."""
-    return Console(highlight=False, soft_wrap=True)
+    return Console(markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,24 @@ class RunFolder:
                 fix=f"kdcompress distill --resume --out {self.path}",
             )
         return read_bundle(self.path / STUDENT)
+
+
+def open_splits(data: DataSection) -> Splits:
+    """The images of a run, split as its recipe says.
+
+    Raises:
+        DataError: something is wrong with them.
+    """
+    assert data.source is not None
+    return load_splits(
+        data.source,
+        split_seed=data.split_seed,
+        val_fraction=data.val_fraction,
+        limit=data.limit,
+        test_limit=data.test_limit,
+        calibration_images=data.calibration_images,
+        holdout=Path(data.holdout) if data.holdout else None,
+        unlabeled=Path(data.unlabeled) if data.unlabeled else None,
+        image_size=data.image_size,
+        workers=data.workers,
+    )

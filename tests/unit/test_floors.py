@@ -12,7 +12,7 @@ FLOORS = (
     {"errors"},
     {"files", "types", "discovery"},
     {"recipe"},
-    {"losses", "taps", "bundle", "data", "models", "profiles"},
+    {"losses", "taps", "bundle", "data", "models", "profiles", "discovery", "onnx_graph"},
     {"teachers", "weightings", "evaluate", "latency", "checkpoint", "optim", "balance", "display", "ledger"},
     {"networks", "methods"},
     {"init", "runtimes"},

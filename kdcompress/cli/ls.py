@@ -1,0 +1,63 @@
+"""`kdcompress ls`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import click
+
+
+def _methods() -> Iterable[str]:
+    from kdcompress.discovery import list_names, read_card
+
+    return (f"{name:<14} {read_card('kdcompress.methods', name).title}" for name in list_names("kdcompress.methods"))
+
+
+def _weightings() -> Iterable[str]:
+    from kdcompress.discovery import list_names, read_card
+
+    package = "kdcompress.weightings"
+    return (f"{name:<14} {read_card(package, name).title}" for name in list_names(package))
+
+
+def _models() -> Iterable[str]:
+    from kdcompress.models import list_networks
+
+    return list_networks()
+
+
+def _recipes() -> Iterable[str]:
+    from kdcompress.recipe import list_recipes
+
+    return list_recipes()
+
+
+def _targets() -> Iterable[str]:
+    from kdcompress.export import list_targets
+
+    return list_targets()
+
+
+def _profiles() -> Iterable[str]:
+    from kdcompress.profiles import PROFILES, default_profile
+
+    here = default_profile().name
+    return (f"{name:<10} {PROFILES[name].runtime}{' (this machine)' if name == here else ''}" for name in PROFILES)
+
+
+WHAT: dict[str, Callable[[], Iterable[str]]] = {
+    "methods": _methods,
+    "weightings": _weightings,
+    "models": _models,
+    "recipes": _recipes,
+    "targets": _targets,
+    "profiles": _profiles,
+}
+
+
+@click.command()
+@click.argument("what", metavar="|".join(WHAT), type=click.Choice(list(WHAT)))
+def command(what: str) -> None:
+    """List what there is."""
+    for line in WHAT[what]():
+        click.echo(line)

@@ -1,0 +1,192 @@
+"""The teachers of a run: opened, their normalisation found, examined before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from kdcompress.bundle import Preprocess, Resize
+from kdcompress.data import Split, Splits, eval_batches, seen_fraction, unit_interval
+from kdcompress.errors import ShapeError
+from kdcompress.evaluate import Accuracy, evaluate
+from kdcompress.networks import Teacher
+from kdcompress.recipe import TeacherSection
+from kdcompress.teachers import LoadedCheckpoint, build_from, load_checkpoint
+from kdcompress.teachers.preprocessing import measure_preprocessing
+
+MEASURED_IMAGES = 512
+"""Training images on which a normalisation that nobody states is measured."""
+EXAMINED_IMAGES = 2000
+"""At most so many images of val and of holdout are used to examine each teacher before training."""
+SAME = 1e-2
+"""Two accuracies whose difference has a smaller p-value than this are not the same."""
+
+
+@dataclass(frozen=True)
+class OpenedTeacher:
+    """A teacher, the file it came from, and where its normalisation comes from, in words."""
+
+    teacher: Teacher
+    checkpoint: LoadedCheckpoint
+    origin: str
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What one teacher answered before training.
+
+    Args:
+        val: on images of val, `EXAMINED_IMAGES` at most.
+        holdout: on the held-out images, where there are any.
+        saw_val: the fraction of val that it was trained on; None where its file does not say.
+    """
+
+    val: Accuracy
+    holdout: Accuracy | None
+    saw_val: float | None
+
+
+def read_checkpoints(sections: Sequence[TeacherSection]) -> tuple[LoadedCheckpoint, ...]:
+    """The teachers' files.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+        ShapeError: they have different class counts.
+    """
+    found = tuple(load_checkpoint(spec(section)) for section in sections)
+    for checkpoint in found[1:]:
+        if checkpoint.num_classes != found[0].num_classes:
+            raise ShapeError(
+                f"{found[0].path.name} has {found[0].num_classes} classes, {checkpoint.path.name} has "
+                f"{checkpoint.num_classes}",
+                where="--teachers",
+                fix="teachers of one ensemble answer for the same classes",
+            )
+    return found
+
+
+def spec(section: TeacherSection) -> str:
+    """`ARCH:PATH` where the recipe names the architecture, else `PATH`."""
+    return f"{section.arch}:{section.path}" if section.arch else section.path
+
+
+def image_size(sections: Sequence[TeacherSection], checkpoints: Sequence[LoadedCheckpoint]) -> int | None:
+    """The largest size that any teacher says it wants; None where none says."""
+    sizes = [section.image_size for section in sections]
+    sizes += [max(c.preprocess.height, c.preprocess.width) if c.preprocess else None for c in checkpoints]
+    return max((size for size in sizes if size), default=None)
+
+
+def require_same_classes(checkpoints: Sequence[LoadedCheckpoint], splits: Splits) -> None:
+    """Refuses teachers that answer for other classes than the data has, or in another order.
+
+    Raises:
+        ShapeError: the class counts differ, with both numbers; or the names, with the first that differs.
+    """
+    for checkpoint in checkpoints:
+        where, count = str(checkpoint.path), len(splits.classes)
+        if checkpoint.num_classes != count:
+            raise ShapeError(f"{checkpoint.num_classes} classes, the data {splits.name} has {count}", where=where)
+        if checkpoint.classes is not None and checkpoint.classes != splits.classes:
+            pairs = zip(checkpoint.classes, splits.classes, strict=True)
+            mine, data = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ShapeError(
+                f"class {mine!r} where the data {splits.name} has {data!r}",
+                where=where,
+                fix="give the classes the same names and order",
+            )
+
+
+def open_teacher(section: TeacherSection, checkpoint: LoadedCheckpoint, name: str, splits: Splits) -> OpenedTeacher:
+    """The teacher with the normalisation that the recipe says, else its file, else the one that is measured."""
+    network = build_from(checkpoint)
+    channels, height, width = splits.image_shape
+    stated = checkpoint.preprocess
+    if section.image_size:
+        height = width = section.image_size
+    elif stated is not None:
+        height, width = stated.height, stated.width
+    if section.mean is not None and section.std is not None:
+        mean, std, origin = tuple(section.mean), tuple(section.std), "from the recipe"
+    elif stated is not None:
+        mean, std, origin = stated.mean, stated.std, "from its file"
+    else:
+        sample = splits.calibration.take(MEASURED_IMAGES)
+        images = unit_interval(sample.images.load(sample.ids))
+        if section.image_size:
+            images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+        fit = measure_preprocessing(network, images, sample.labels)
+        mean, std, origin = fit.mean, fit.std, f"{fit.name}, measured on {len(sample)} images"
+    resize: Resize = "none" if (height, width) == splits.image_shape[1:] else "bilinear"
+    teacher = Teacher(
+        network,
+        Preprocess(channels, height, width, mean, std, resize),
+        name=name,
+        classes=checkpoint.classes,
+        training_digests=checkpoint.training_digests,
+        stages=section.stages,
+        path=checkpoint.path,
+    )
+    return OpenedTeacher(teacher, checkpoint, origin)
+
+
+def resolved(section: TeacherSection, opened: OpenedTeacher) -> TeacherSection:
+    """The section with everything said that was found out, so that it opens the same teacher again."""
+    preprocess, checkpoint = opened.teacher.preprocess, opened.checkpoint
+    return section.model_copy(
+        update={
+            "path": str(checkpoint.path.resolve()),
+            "arch": None if checkpoint.preprocess is not None else checkpoint.arch,
+            "mean": preprocess.mean,
+            "std": preprocess.std,
+        }
+    )
+
+
+def examine(teacher: Teacher, splits: Splits) -> Exam:
+    """Asks a teacher for val and holdout, and its file whether it was trained on val."""
+
+    def ask(split: Split) -> Accuracy:
+        batches = eval_batches(split.take(EXAMINED_IMAGES), len(splits.classes))
+        return evaluate(teacher.predict, batches, len(splits.classes))
+
+    digests = teacher.training_digests
+    return Exam(
+        val=ask(splits.val),
+        holdout=ask(splits.holdout) if splits.holdout is not None else None,
+        saw_val=seen_fraction(digests, splits.val) if digests is not None else None,
+    )
+
+
+def at_chance(accuracy: Accuracy, num_classes: int) -> bool:
+    """Whether a teacher answers no better than a guess: its interval reaches down to one in `num_classes`."""
+    return accuracy.interval[0] <= 1 / num_classes
+
+
+def saw_val(exams: Sequence[Exam]) -> tuple[bool | None, str]:
+    """Whether any teacher was trained on images of val, and how that is known; None where nothing can tell.
+
+    A file's own digests decide. A teacher whose file has none was trained on val if it is right there more often than
+    on the held-out images, by a two-sample test of proportions at `SAME`.
+    """
+    if any(exam.saw_val is not None and exam.saw_val > 0 for exam in exams):
+        return True, "by the digests in the teachers' files"
+    silent = [exam for exam in exams if exam.saw_val is None]
+    if not silent:
+        return False, "by the digests in the teachers' files"
+    if any(exam.holdout is None for exam in silent):
+        return None, "the teachers' files do not say, and there is no --holdout to measure it on"
+    seen = any(exam.holdout is not None and better_by_chance(exam.val, exam.holdout) < SAME for exam in silent)
+    return seen, "by the teachers' accuracy on val against --holdout"
+
+
+def better_by_chance(first: Accuracy, second: Accuracy) -> float:
+    """The one-sided p-value of two proportions with pooled variance: that `first` is above `second` by chance."""
+    pooled = (first.top1 * first.n + second.top1 * second.n) / (first.n + second.n)
+    variance = pooled * (1 - pooled) * (1 / first.n + 1 / second.n)
+    if variance == 0:
+        return 1.0
+    return 0.5 * math.erfc((first.top1 - second.top1) / math.sqrt(2 * variance))

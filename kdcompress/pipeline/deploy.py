@@ -1,0 +1,131 @@
+"""From a trained student to what runs elsewhere: `export` and `quantize`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
+from kdcompress.data import Splits, load_splits, unit_interval
+from kdcompress.errors import InputError, ShapeError
+from kdcompress.export import find_target, walk
+from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits
+from kdcompress.profiles import Profile, default_profile, get_profile
+from kdcompress.quantize import find_quantizer
+from kdcompress.types import Images
+
+VERIFIED_IMAGES = 64
+"""Real images on which an exported graph is compared with its source."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A bundle to start from, the folder that its successors go to, and the run it belongs to, if any."""
+
+    bundle: Bundle
+    folder: Path
+    run: RunFolder | None
+
+
+def find_source(path: Path | None) -> Source:
+    """The bundle that a command means: the one named, the student of a run named, or that of the newest run.
+
+    Raises:
+        InputError: there is neither a bundle nor a run.
+    """
+    if path is not None and (path / BUNDLE_FILE).is_file():
+        run = RunFolder(path.parent) if (path.parent / RECIPE_FILE).is_file() else None
+        return Source(read_bundle(path), path.parent, run)
+    run = RunFolder.open(path)
+    if path is None:
+        console().print(f"run: {run.path} (the newest)")
+    return Source(run.student(), run.path, run)
+
+
+def find_images(source: Source, data: str | None) -> Images:
+    """The calibration images: of the data that is named, else of the run's own.
+
+    Raises:
+        InputError: neither names any.
+        ShapeError: they are not what the network takes.
+    """
+    wanted = source.bundle.preprocess
+    if data is not None:
+        splits = load_splits(data, image_size=wanted.height)
+        require_classes(source.bundle, splits)
+    elif source.run is not None:
+        splits = open_splits(source.run.recipe.data)
+    else:
+        raise InputError(f"{source.bundle.path} belongs to no run, so its data is not known", where="--data")
+    if splits.image_shape != wanted.image_shape:
+        raise ShapeError(
+            f"images of shape {splits.image_shape}, the network takes {wanted.image_shape}", where="--data"
+        )
+    return unit_interval(splits.calibration.images.load(splits.calibration.ids))
+
+
+def require_classes(bundle: Bundle, splits: Splits) -> None:
+    """Refuses data of another class set.
+
+    Raises:
+        ShapeError: with the first class that differs, or both counts.
+    """
+    if bundle.classes != splits.classes:
+        mine, theirs = set(bundle.classes) - set(splits.classes), set(splits.classes) - set(bundle.classes)
+        named = f"{sorted(mine)[0]!r} is not in it" if mine else f"{sorted(theirs)[0]!r} is not in the model"
+        raise ShapeError(
+            f"{len(splits.classes)} classes in the data {splits.name}, {bundle.num_classes} in the model"
+            + (f"; {named}" if mine or theirs else "; they are in another order"),
+            where=str(bundle.path),
+        )
+
+
+def choose_profile(name: str) -> Profile:
+    """The profile of that name; `auto` is the one of this machine."""
+    return default_profile() if name == "auto" else get_profile(name)
+
+
+def export(
+    source: Path | None, *, target: str, profile: str = "auto", data: str | None = None, out: Path | None = None
+) -> Bundle:
+    """Writes a student in another format, beside it unless `out` says where.
+
+    Raises:
+        InputError: there is nothing to export, or no way to the target.
+        VerificationError: what was written does not answer as its source does; nothing is kept.
+    """
+    start = find_source(source)
+    kind = find_target(target).makes
+    images = find_images(start, data)[:VERIFIED_IMAGES]
+    folder = out or start.folder / f"{kind}-{start.bundle.precision}"
+    bundle = walk(start.bundle, target, folder, profile=choose_profile(profile), images=images, replace=out is None)
+    console().print(f"{bundle.path} · {bundle.size_mb:.3f} MB · answers as {start.bundle.path.name} does")
+    return bundle
+
+
+def quantize(source: Path | None, *, profile: str = "auto", data: str | None = None, out: Path | None = None) -> Bundle:
+    """Writes a student with 8-bit integers, by way of ONNX, beside it unless `out` says where.
+
+    Raises:
+        InputError: there is nothing to quantize.
+        VerificationError: what was written does not run; nothing is kept.
+    """
+    start, chosen, quantizer = find_source(source), choose_profile(profile), find_quantizer("int8")
+    images = find_images(start, data)
+    bundle = start.bundle
+    if bundle.kind == "torch":
+        bundle = walk(
+            bundle,
+            "onnx",
+            (out.parent if out else start.folder) / f"onnx-{bundle.precision}",
+            profile=chosen,
+            images=images[:VERIFIED_IMAGES],
+            replace=True,
+        )
+    folder = out or start.folder / f"onnx-int8-{chosen.name}"
+    made = quantizer.run(bundle, images, folder, profile=chosen, replace=out is None)
+    console().print(
+        f"{made.path} · {made.size_mb:.3f} MB ({bundle.size_mb / made.size_mb:.1f} × smaller) · "
+        f"calibrated on {len(images)} images"
+    )
+    return made
