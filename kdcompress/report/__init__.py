@@ -1,0 +1,24 @@
+"""The report: rows become one document, `report.json`; the Markdown page and the terminal's table are made from it."""
+
+import json
+from pathlib import Path
+
+from kdcompress.files import atomic_write
+from kdcompress.report.base import REPORT_FILE, Report, Row, build_report, read_report
+from kdcompress.report.markdown import render_markdown
+from kdcompress.report.terminal import render_terminal
+
+__all__ = ["Report", "Row", "build_report", "read_report", "render_markdown", "render_terminal", "write_report"]
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes `report.json`, and `report.md` made from it; an older report is replaced.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+        RunError: the disk is full.
+    """
+    with atomic_write(folder / REPORT_FILE, "w") as handle:
+        handle.write(json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    with atomic_write(folder / "report.md", "w") as handle:
+        handle.write(render_markdown(report))

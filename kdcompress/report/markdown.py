@@ -1,0 +1,32 @@
+"""`report.md`: a pure function of the document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kdcompress.report.base import Report, columns, legend
+
+
+def render_markdown(report: Report) -> str:
+    """The report as a Markdown page."""
+    shown = columns(report)
+    lines = ["# Smoke test (not a result)" if report.smoke_test else "# Report", ""]
+    lines.append(_line(column.heading for column in shown))
+    lines.append(_line("---:" if column.numeric else "---" for column in shown))
+    lines += [_line(column.cell(row) for column in shown) for row in report.rows]
+    for heading, sentences in (
+        ("Findings", report.findings),
+        ("Notes", report.notes),
+        ("Conditions", (*legend(report), f"Versions: {_versions(report)}.")),
+    ):
+        if sentences:
+            lines += ["", f"## {heading}", "", *(f"- {sentence}" for sentence in sentences)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _versions(report: Report) -> str:
+    return ", ".join(f"{package} {version}" for package, version in report.versions.items())

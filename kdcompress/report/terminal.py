@@ -1,0 +1,22 @@
+"""The report in a terminal: a pure function of the document."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kdcompress.report.base import Report, columns, legend
+
+
+def render_terminal(report: Report) -> RenderableType:
+    """The table and the sentences of the report, for a rich console."""
+    shown = columns(report)
+    table = Table(title="Smoke test (not a result)" if report.smoke_test else "Report", title_justify="left")
+    for column in shown:
+        table.add_column(column.heading, justify="right" if column.numeric else "left", overflow="fold")
+    for row in report.rows:
+        # Text, not str: a name in square brackets is not markup.
+        table.add_row(*(Text(column.cell(row)) for column in shown))
+    sentences = [Text(sentence) for sentence in (*report.findings, *report.notes)]
+    return Group(table, *sentences, *(Text(line, style="dim") for line in legend(report)))
