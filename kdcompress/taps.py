@@ -1,36 +1,381 @@
-"""Where a network's stages end, and their feature maps as outputs."""
+"""Where a network's stages end, found by watching one image pass; their feature maps as outputs, no network edited.
+
+One forward pass is recorded as a tree of module calls. Its *trunk* is the row of calls that hand an image-shaped map
+on to the next: containers that shrink the map more than once are opened, blocks are not. A *stage* is a stretch of
+the trunk at one resolution; it ends at its last call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
-from kdcompress.types import Head
+from kdcompress.errors import InputError, ShapeError, unknown_name
+from kdcompress.types import FeatureShape, Head
+
+_EVEN_STAGES = 4
+_NOT_AN_END = ("Pool", "Dropout", "DropPath", "Identity", "Flatten", "Permute")
 
 
-def find_stages(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[str, ...]:
-    """The module paths at which the stages of a convolutional network end, in order."""
-    raise NotImplementedError
+@dataclass
+class _Call:
+    """One call of a module: the shapes that went in and came out, and the calls made inside, in order."""
+
+    path: str
+    module: nn.Module
+    shape_in: tuple[int, ...] = ()
+    shape_out: tuple[int, ...] = ()
+    children: list[_Call] = field(default_factory=list)
+    num_layers: int = 0
+    """Calls of layers with a weight matrix or filters, inside or itself."""
 
 
-def find_classifier(network: nn.Module, image_shape: tuple[int, int, int]) -> str:
-    """The module path of the layer that makes the logits."""
-    raise NotImplementedError
+def find_stages(network: nn.Module, image_shape: FeatureShape) -> tuple[str, ...]:
+    """The module paths at which the stages of a convolutional network end, in order.
+
+    A stage ends where the resolution is about to drop, or at the classifier. Where the network is built of blocks,
+    what comes before the first one (the stem) is no stage. Where the resolution never drops, four even depths are
+    taken. A network whose layers mostly do not work on maps (a vision transformer) has none.
+
+    Args:
+        network: bare; it is run once in eval mode, and left in the mode it was in.
+        image_shape: channels, height, width of its images.
+
+    Raises:
+        ShapeError: the network does not take such images.
+    """
+    root = _record(network, image_shape)
+    classifier = _find_classifier(root)
+    trunk = [call for call in _find_trunk(root, classifier) if _is_map(call.shape_out, image_shape)]
+    if 2 * sum(call.num_layers for call in trunk) < root.num_layers:
+        return ()
+    groups = [group for group in _by_resolution(trunk) if any(call.num_layers for call in group)]
+    has_block = [any(_holds_block(call) for call in group) for group in groups]
+    if any(has_block):
+        groups = groups[has_block.index(True) :]
+    times = Counter(call.path for call in _walk(root))
+    if len(groups) == 1:
+        ends = _even_depths(groups[0], times)
+    else:
+        ends = [able[-1] for group in groups if (able := [call for call in group if _can_end(call, times)])]
+    return tuple(call.path for call in ends)
+
+
+def find_classifier(network: nn.Module, image_shape: FeatureShape) -> str | None:
+    """The path of the layer that makes the logits: the last one with weights; None if it is no linear layer.
+
+    Raises:
+        ShapeError: the network does not take such images.
+    """
+    call = _find_classifier(_record(network, image_shape))
+    return None if call is None else call.path
 
 
 class Tapped(nn.Module):
-    """A network that also returns feature maps."""
+    """A network that also returns the feature maps of the modules at `paths`.
+
+    The hooks live only during a call, so that the network can be copied, saved and exported as it is.
+
+    Args:
+        network: bare.
+        paths: module paths, in order; their maps are called "stage1", "stage2" ….
+
+    Raises:
+        InputError: the network has no module of that name.
+    """
 
     def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
         super().__init__()
-        raise NotImplementedError
+        known = dict(network.named_modules())
+        for path in paths:
+            if path not in known or not path:
+                raise InputError(unknown_name("module path", path, filter(None, known)), where="stages")
+        self.network = network
+        self.paths = tuple(paths)
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and the feature maps "stage1", "stage2" …."""
-        raise NotImplementedError
+        """Logits `batch classes`, and maps `batch channels height width`; what is pooled already is 1 × 1.
+
+        Raises:
+            ShapeError: a module at a tapped path gives no map.
+        """
+        seen: dict[int, Any] = {}
+        handles = []
+        for index, path in enumerate(self.paths):
+
+            def keep(_module: nn.Module, _inputs: Any, output: Any, index: int = index) -> None:
+                seen[index] = output
+
+            handles.append(self.network.get_submodule(path).register_forward_hook(keep))
+        try:
+            logits: Tensor = self.network(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        features = {f"stage{index + 1}": _as_map(seen.get(index), path) for index, path in enumerate(self.paths)}
+        return logits, features
 
 
-def split_head(network: nn.Module, last_stage_path: str, image_shape: tuple[int, int, int]) -> Head | None:
-    """What follows the last stage, as a function: its feature map -> logits; None if it cannot be split off."""
-    raise NotImplementedError
+def split_head(network: nn.Module, last_stage_path: str, image_shape: FeatureShape) -> Head | None:
+    """What follows the last stage, as a function of its feature map; it shares the network's weights.
+
+    The network is traced symbolically in eval mode, cut behind the module at `last_stage_path`, and the part behind
+    is compared with the whole on random images. It is no `nn.Module`, so that whatever keeps it does not take the
+    weights for its own.
+
+    Returns:
+        The head: `batch channels height width` -> logits; None where the network cannot be traced, or where its logits
+        depend on more than this map.
+
+    Raises:
+        ShapeError: the network does not take such images.
+    """
+    images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    first = next(network.parameters(), None)
+    if first is not None:
+        images = images.to(first.device, first.dtype)
+    with eval_mode(network), torch.no_grad():
+        graph = _graph_behind(network, last_stage_path)
+        if graph is None:
+            return None
+        logits, features = _run(Tapped(network, [last_stage_path]), images, image_shape)
+        try:
+            answer = graph(features["stage1"])
+        except Exception:  # whatever a wrongly cut graph may raise, it means the same
+            return None
+    if answer.shape != logits.shape or not torch.allclose(answer, logits, rtol=1e-4, atol=1e-5):
+        return None
+    return _SplitHead(graph)
+
+
+@dataclass(frozen=True, eq=False)
+class _SplitHead:
+    graph: nn.Module
+
+    def __call__(self, feature_map: Tensor) -> Tensor:
+        logits: Tensor = self.graph(feature_map)
+        return logits
+
+
+class _CuttingTracer(fx.Tracer):
+    """Traces through everything but torch's own layers and the module to cut behind."""
+
+    def __init__(self, cut: str) -> None:
+        super().__init__()
+        self.cut = cut
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name == self.cut or super().is_leaf_module(m, module_qualified_name)
+
+
+def _graph_behind(network: nn.Module, path: str) -> fx.GraphModule | None:
+    try:
+        graph = _CuttingTracer(path).trace(network)
+    except Exception:  # a network's own code runs on proxies here; no list of errors is complete
+        return None
+    cuts = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
+    if len(cuts) != 1:
+        return None
+    with graph.inserting_before(next(iter(graph.nodes))):
+        feature = graph.placeholder("feature")
+    cuts[0].replace_all_uses_with(feature)
+    needed = _needed_by_output(graph)
+    for node in reversed(list(graph.nodes)):
+        if node not in needed and node is not feature:
+            if node.users:
+                return None
+            graph.erase_node(node)
+    if any(node.op == "placeholder" and node is not feature for node in graph.nodes):
+        return None
+    module = fx.GraphModule(network, graph)
+    module.train(network.training)
+    return module
+
+
+def _needed_by_output(graph: fx.Graph) -> set[fx.Node]:
+    needed: set[fx.Node] = set()
+    waiting = [node for node in graph.nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
+    return needed
+
+
+def _as_map(output: Any, path: str) -> Tensor:
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return output[:, :, None, None]
+    if isinstance(output, Tensor) and output.ndim == 4:
+        return output
+    found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"{type(output).__name__}"
+    raise ShapeError(
+        f"{path} gives {found}, not a feature map of batch × channels × height × width",
+        where="stages",
+        fix="name other modules, or choose a method that needs no feature maps",
+    )
+
+
+@contextlib.contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside; afterwards each in the mode it was in."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _run(network: Callable[[Tensor], Any], images: Tensor, image_shape: FeatureShape) -> Any:
+    try:
+        return network(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        channels, height, width = image_shape
+        reason = str(error).strip().splitlines()
+        raise ShapeError(
+            f"the network does not take images of {channels} × {height} × {width}: {reason[0] if reason else error!r}",
+            fix="choose another network or another image size",
+        ) from error
+
+
+def _record(network: nn.Module, image_shape: FeatureShape) -> _Call:
+    """One pass in eval mode as a tree of calls."""
+    paths = {module: path for path, module in network.named_modules()}
+    stack = [_Call("<input>", network)]
+    handles = []
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shape = _shape(inputs[0]) if inputs else ()
+        call = _Call(paths[module], module, shape_in=shape)
+        stack[-1].children.append(call)
+        stack.append(call)
+
+    def leave(module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        call = stack.pop()
+        call.shape_out = _shape(output)
+        own_weights = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+        call.num_layers = own_weights + sum(child.num_layers for child in call.children)
+
+    first = next(network.parameters(), torch.zeros(()))
+    images = torch.zeros(1, *image_shape, device=first.device, dtype=first.dtype)
+    try:
+        for module in paths:
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        with eval_mode(network), torch.no_grad():
+            _run(network, images, image_shape)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stack[0].children[0]
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _walk(call: _Call) -> Iterator[_Call]:
+    """A call after all that it called."""
+    for child in call.children:
+        yield from _walk(child)
+    yield call
+
+
+def _find_classifier(root: _Call) -> _Call | None:
+    layers = [call for call in _walk(root) if not call.children and call.num_layers]
+    if not layers or len(root.shape_out) != 2:
+        return None
+    last = layers[-1]
+    width = last.shape_out[1] if len(last.shape_out) == 4 else last.shape_out[-1]
+    return last if width == root.shape_out[1] else None
+
+
+def _is_map(shape: tuple[int, ...], image_shape: FeatureShape) -> bool:
+    """Whether a shape is one image's map with the image's aspect ratio: channels-last ones are not."""
+    if len(shape) != 4 or shape[0] != 1:
+        return False
+    (_, height, width), (_, _, map_height, map_width) = image_shape, shape
+    if map_height > height or map_width > width:
+        return False
+    return abs(map_height * width - map_width * height) <= 2 * max(height, width)
+
+
+def _is_global_pool(call: _Call) -> bool:
+    name = type(call.module).__name__
+    flattens = len(call.shape_out) != 4
+    return "Pool" in name and call.num_layers == 0 and ("Adaptive" in name or "Global" in name or flattens)
+
+
+def _find_trunk(root: _Call, classifier: _Call | None) -> list[_Call]:
+    """The row of calls from the image to the global pool or the classifier, whichever comes first."""
+    trunk: list[_Call] = []
+
+    def follow(call: _Call) -> bool:
+        """Whether the trunk goes on behind this call."""
+        for child in call.children:
+            if child is classifier or _is_global_pool(child):
+                return False
+            holds_classifier = any(inner is classifier for inner in _walk(child))
+            is_chain = holds_classifier or len(child.shape_out) != 4 or _shrinks_often(child)
+            if not child.children or not is_chain:
+                trunk.append(child)
+            elif not follow(child):
+                return False
+        return True
+
+    follow(root)
+    return trunk
+
+
+def _shrinks_often(call: _Call) -> bool:
+    """Whether a container's children one after another shrink the map more than once (parallel branches do not)."""
+    is_row = bool(call.children) and call.children[-1].shape_out == call.shape_out
+    return is_row and len(call.shape_in) == 4 and call.shape_in[2] > 3 * call.shape_out[2]
+
+
+def _holds_block(call: _Call) -> bool:
+    """Whether this is, or is a sequence with, a module of several layers that are not simply one after another."""
+    if isinstance(call.module, nn.Sequential):
+        return any(_holds_block(child) for child in call.children)
+    return call.num_layers > 1
+
+
+def _by_resolution(trunk: Sequence[_Call]) -> list[list[_Call]]:
+    """Stretches of one resolution. A border of some pixels less is the same one; a larger map is a side branch."""
+    groups: list[list[_Call]] = []
+    for call in trunk:
+        here = call.shape_out[2] * call.shape_out[3]
+        before = groups[-1][0].shape_out[2] * groups[-1][0].shape_out[3] if groups else 0
+        if not groups or before >= 2 * here:
+            groups.append([call])
+        elif here <= before:
+            groups[-1].append(call)
+    return groups
+
+
+def _can_end(call: _Call, times: Counter[str]) -> bool:
+    return times[call.path] == 1 and not any(word in type(call.module).__name__ for word in _NOT_AN_END)
+
+
+def _even_depths(group: list[_Call], times: Counter[str]) -> list[_Call]:
+    """Four even depths of a network of one resolution, its longest sequences opened until there are four."""
+    calls = [call for call in group if call.num_layers and _can_end(call, times)]
+    while len(calls) < _EVEN_STAGES:
+        sequences = [call for call in calls if isinstance(call.module, nn.Sequential) and len(call.children) > 1]
+        if not sequences:
+            break
+        longest = max(sequences, key=lambda call: call.num_layers)
+        inside = [call for call in longest.children if call.num_layers and _can_end(call, times)]
+        position = calls.index(longest)
+        calls[position : position + 1] = inside
+    blocks = [call for call in calls if _holds_block(call)] or calls
+    if len(blocks) <= _EVEN_STAGES:
+        return blocks
+    return [blocks[round((index + 1) * len(blocks) / _EVEN_STAGES) - 1] for index in range(_EVEN_STAGES)]
