@@ -58,7 +58,7 @@ Variant = Literal["repaired", "paper"]
 Weight = Annotated[float, Field(ge=0)]
 Part = Annotated[float, Field(ge=0, lt=0.5)]
 
-DEFAULTS: Mapping[Variant, Mapping[str, float]] = {
+DEFAULTS: Mapping[Variant, Mapping[str, float | bool]] = {
     "repaired": {
         "temperature": 4.0,
         "soft_target_weight": 1.0,
@@ -165,7 +165,7 @@ class AMTMLKD(Method):
     def forward(self, step: Step) -> LossTerms:
         """The terms of the card, without those of weight 0, and the state of the gate."""
         settings, temperature, student = self.settings, self.settings["temperature"], step.student
-        compat = bool(settings.get("official_compat"))
+        compat = settings.get("official_compat", False)
         weights = self.weighting(step)
         targets = integrate(teachers_of(step).logits, weights, temperature)
 
@@ -264,7 +264,7 @@ def pair_hints(shapes: NetworkShapes) -> tuple[tuple[str, str], ...]:
     )
 
 
-def resolve_options(variant: Variant, **given: float | None) -> Mapping[str, float]:
+def resolve_options(variant: Variant, **given: float | bool | None) -> Mapping[str, float | bool]:
     """The variant's values, with those that were given in their place.
 
     Raises:

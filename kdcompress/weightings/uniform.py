@@ -15,6 +15,8 @@ Cost
 
 from __future__ import annotations
 
+import torch
+
 from kdcompress.types import Step, TeacherWeights
 from kdcompress.weightings.base import Weighting, teachers_of
 
@@ -25,4 +27,4 @@ class Uniform(Weighting):
     def forward(self, step: Step) -> TeacherWeights:
         """The same weight everywhere."""
         logits = teachers_of(step).logits
-        return logits.new_full(logits.shape[:2], 1.0 / logits.shape[1]).float()
+        return torch.full(logits.shape[:2], 1.0 / logits.shape[1], device=logits.device)

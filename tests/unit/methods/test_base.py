@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+
+from kdcompress.errors import InputError
+from kdcompress.methods import base
+from tests.made_steps import make_shapes, make_step
+
+OWN = '''
+"""Mine: a method of one's own.
+
+Idea
+    None.
+"""
+from kdcompress.methods.base import Method
+from kdcompress.types import LossTerms, Needs, Term
+
+class Mine(Method):
+    paper = ""
+    def __init__(self, shapes, heads=(), *, factor: float = 2.0):
+        super().__init__(shapes, heads)
+        self.factor = factor
+    @classmethod
+    def needs(cls, **options):
+        return Needs()
+    def forward(self, step):
+        return LossTerms({"mine": Term(self.factor * step.student.logits.sum())})
+
+class Unfinished(Method):
+    pass
+'''
+
+
+def test_methods_are_found_by_their_file() -> None:
+    assert {"amtml-kd", "avg-kd", "supervised"} <= set(base.list_methods())
+    assert base.find_method("avg_kd") is base.find_method("avg-kd")
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"unknown method 'amtlm-kd'; did you mean 'amtml-kd'\?"):
+        base.find_method("amtlm-kd")
+
+
+def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_kd.py").write_text(OWN)
+    (tmp_path / "my_broken_kd.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    cls = base.find_method("my_own_kd:Mine")
+    shapes = make_shapes()
+    step = make_step(shapes)
+    options = base.check_options(cls, {"factor": 3})
+    assert float(cls(shapes, **options)(step).terms["mine"].value.detach()) == float(
+        3 * step.student.logits.detach().sum()
+    )
+    assert base.card("my_own_kd:Mine").sections == {"Idea": "None."}
+    for name in ("my_own_kd:Yours", "my_own_kd:Unfinished"):
+        with pytest.raises(InputError, match="no class that derives from"):
+            base.find_method(name)
+    with pytest.raises(InputError, match="my_broken_kd cannot be imported: ZeroDivisionError"):
+        base.find_method("my_broken_kd:Mine")
+    with pytest.raises(InputError, match="cannot be imported: ModuleNotFoundError"):
+        base.find_method("my_absent_kd:Mine")
+
+
+def test_heldout_steps_lose_their_feature_maps() -> None:
+    step = make_step(make_shapes())
+    bare = base.without_features(step)
+    assert bare.student.features == {}
+    assert bare.teachers is not None
+    assert bare.teachers.features == ({}, {}, {})
+    assert bare.student.logits is step.student.logits
