@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -234,6 +234,21 @@ def write_bundle(
     return bundle
 
 
+def model_metadata(bundle: Bundle, provenance: tuple[Mapping[str, Any], ...]) -> dict[str, str]:
+    """What a model file of `bundle` says of itself, so that it can be used alone: JSON, but for the name.
+
+    Args:
+        bundle: the bundle it is made from, or a copy of.
+        provenance: the chain, its last step included.
+    """
+    return {
+        "arch": bundle.arch,
+        "classes": json.dumps(bundle.classes, ensure_ascii=False),
+        "preprocess": json.dumps(asdict(bundle.preprocess)),
+        "provenance": json.dumps(provenance, ensure_ascii=False),
+    }
+
+
 def read_bundle(path: Path) -> Bundle:
     """Opens a bundle folder and checks that its model file is the one that was written.
 
@@ -272,7 +287,7 @@ def read_bundle(path: Path) -> Bundle:
     return bundle
 
 
-def fit_images(images: Images, preprocess: Preprocess) -> Images:
+def fit_images(images: Images, preprocess: Preprocess) -> Float[Tensor, "batch channels fitted_height fitted_width"]:
     """Brings images to the size a network takes, by the method its `Preprocess` names; the values stay in [0, 1].
 
     Raises:

@@ -72,7 +72,7 @@ def wilson_interval(successes: int, n: int, z: float = Z95) -> tuple[float, floa
 
 
 def paired_difference(
-    correct_a: Bool[Tensor, " images"], correct_b: Bool[Tensor, " images"], z: float = Z95
+    correct_a: Bool[Tensor, " images"], correct_b: Bool[Tensor, " others"], z: float = Z95
 ) -> PairedDifference:
     """How much more often A is right than B on the same images (Bonett and Price 2012, adjusted Wald).
 

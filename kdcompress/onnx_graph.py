@@ -5,15 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-
-from kdcompress.bundle import Bundle
 
 ModelProto: TypeAlias = Any
 NodeProto: TypeAlias = Any
@@ -132,16 +128,6 @@ _UNCHANGED: Mapping[tuple[str, int, int], Callable[[NodeProto], bool]] = {
 
 def _attribute_names(node: NodeProto) -> set[str]:
     return {attribute.name for attribute in node.attribute}
-
-
-def bundle_metadata(bundle: Bundle, provenance: tuple[Mapping[str, Any], ...]) -> dict[str, str]:
-    """What stands in the metadata of a file, so that it can be used without its bundle: JSON, but for the name."""
-    return {
-        "arch": bundle.arch,
-        "classes": json.dumps(bundle.classes, ensure_ascii=False),
-        "preprocess": json.dumps(asdict(bundle.preprocess)),
-        "provenance": json.dumps(provenance, ensure_ascii=False),
-    }
 
 
 def set_metadata(model: ModelProto, metadata: Mapping[str, str]) -> None:

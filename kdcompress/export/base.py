@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from kdcompress.bundle import BUNDLE_FILE, Bundle, Kind, read_bundle
+from kdcompress.discovery import list_names
 from kdcompress.errors import InputError, unknown_name
 from kdcompress.profiles import Profile
 from kdcompress.types import Images
@@ -39,8 +39,7 @@ class Target(Protocol):
 
 def list_targets() -> tuple[str, ...]:
     """The names of all targets."""
-    folder = Path(__file__).parent
-    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if module.name != "base"))
+    return list_names("kdcompress.export")
 
 
 def find_target(name: str) -> Target:

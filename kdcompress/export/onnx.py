@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kdcompress import onnx_graph
-from kdcompress.bundle import Bundle, Kind, provenance_step, write_bundle
+from kdcompress.bundle import Bundle, Kind, model_metadata, provenance_step, write_bundle
 from kdcompress.errors import InputError, RunError, ShapeError, VerificationError
 from kdcompress.networks import load_student
 from kdcompress.profiles import Profile
@@ -47,7 +47,7 @@ class _OnnxTarget:
         provenance = (*bundle.provenance, step)
 
         def write_model(path: Path) -> None:
-            metadata = onnx_graph.bundle_metadata(bundle, provenance)
+            metadata = model_metadata(bundle, provenance)
             write_onnx(network, bundle.preprocess.image_shape, path, opset=profile.opset, metadata=metadata)
             verify(path, network, images)
 

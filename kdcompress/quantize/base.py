@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from kdcompress.bundle import Bundle, Kind, Precision
+from kdcompress.discovery import list_names
 from kdcompress.errors import InputError, unknown_name
 from kdcompress.profiles import Profile
 from kdcompress.types import Images
@@ -49,8 +49,7 @@ class Quantizer(Protocol):
 
 def list_quantizers() -> tuple[str, ...]:
     """The names of all quantizers."""
-    folder = Path(__file__).parent
-    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if module.name != "base"))
+    return list_names("kdcompress.quantize")
 
 
 def find_quantizer(name: str) -> Quantizer:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcompress import onnx_graph
-from kdcompress.bundle import Bundle, Kind, Precision, fit_images, provenance_step, write_bundle
+from kdcompress.bundle import Bundle, Kind, Precision, fit_images, model_metadata, provenance_step, write_bundle
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.profiles import Profile, instruction_sets
@@ -80,7 +80,7 @@ class _Int8:
             },
         )
         provenance = (*bundle.provenance, step)
-        onnx_graph.set_metadata(model, onnx_graph.bundle_metadata(bundle, provenance))
+        onnx_graph.set_metadata(model, model_metadata(bundle, provenance))
         content = model.SerializeToString(deterministic=True)
 
         def write_model(path: Path) -> None:
