@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeGuard, TypeVar
+from typing import Literal, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class PixelFormat:
         return self.channels * self.height * self.width * np.dtype(self.dtype).itemsize
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Numbered image files, or numbered images where a data set has no files."""
 

@@ -17,7 +17,7 @@ from kdcompress.data._decoding import PixelFormat, StoreReader, common_format, c
 from kdcompress.data._sampling import stratified
 from kdcompress.data._stores import Store, open_store
 from kdcompress.data.base import ImageSet, MemorySet, Split
-from kdcompress.errors import DataError
+from kdcompress.errors import DataError, unknown_name
 from kdcompress.types import UNLABELLED
 
 _DIGITS_TEST, _DIGITS_HOLDOUT = 360, 357
@@ -51,12 +51,10 @@ def open_source(source: str, image_size: int | None, workers: int) -> Source:
         if name.lower() in _torchvision.dataset_names():
             raise DataError(f"{source} needs the folder of its files", where="--data", fix=f"--data {source}:ROOT")
         raise DataError(
-            f"no such file or folder, and no data set of that name: {source}",
+            unknown_name("file, folder or data set", source, [*_torchvision.dataset_names(), "digits"]),
             where="--data",
             fix="give a folder, a .zip or .tar of one, digits, or NAME:ROOT such as cifar10:ROOT",
         )
-    if name.lower() in _torchvision.dataset_names() and not Path(root).is_dir():
-        raise DataError(f"no such folder: {root}", where=f"--data {source}", fix="name the folder of the files")
     if name.lower() == "imagenet":
         return _imagenet(Path(root), image_size, workers)
     return _torchvision_source(name, Path(root), image_size, workers)
@@ -88,10 +86,13 @@ def _folder(
             notes.append(f"{part} has no images of {len(missing)} of {len(classes)} classes ({missing[0]})")
     readers = {part: _labelled_files(store, found, classes) for part, found in parts.items()}
     wanted, more = common_format(readers["train"][0], image_size, workers)
+    for part, (reader, _) in readers.items():
+        if part != "train" and common_format(reader, image_size, workers)[0] != wanted:
+            notes.append(f"some {part} images differ in size or channels from those of train and are brought to theirs")
     sets = {
         part: _whole(open_set(reader, labels, classes, wanted, workers)) for part, (reader, labels) in readers.items()
     }
-    return Source(path.name.split(".")[0], classes, sets, wanted, (*notes, *more))
+    return Source(path.resolve().name.split(".")[0], classes, sets, wanted, (*notes, *more))
 
 
 def _labelled_files(
@@ -153,8 +154,7 @@ def _torchvision_source(name: str, root: Path, image_size: int | None, workers: 
     notes: tuple[str, ...] = ()
     if held is not None:
         channels, height, width = held.shape[1:]
-        side = image_size
-        wanted = PixelFormat(channels, side or height, side or width)
+        wanted = PixelFormat(channels, image_size or height, image_size or width)
     else:
         reader = _torchvision.DatasetReader(datasets["train"], f"train of {shown}")
         wanted, notes = common_format(reader, image_size, workers)

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kdcompress.errors import DataError
 
@@ -38,6 +38,7 @@ def ends_of(data: bytes) -> Ends:
     return Ends(len(data), data[:END_BYTES], data[-END_BYTES:])
 
 
+@runtime_checkable
 class Store(Protocol):
     """Named files. Names are relative, with "/"; hidden files and those that systems leave behind are left out."""
 

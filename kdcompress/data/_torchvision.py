@@ -75,6 +75,8 @@ def open_datasets(name: str, root: Path) -> dict[str, Any]:
         fix=f"download them: python -c \"import torchvision; torchvision.datasets.{cls.__name__}('{root}', "
         f'{"download=True" if "download" in parameters else "…"})"',
     )
+    if not root.is_dir():
+        raise missing_files
     parts: dict[str, Any] = {}
     for part, arguments in _part_arguments(parameters):
         try:

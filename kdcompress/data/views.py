@@ -183,6 +183,8 @@ class Mixup(Views):
         view_seed: names the partners and shares.
     """
 
+    num_images: int
+
     def __init__(self, base: Views, alpha: float, num_images: int, view_seed: int = 0) -> None:
         if not alpha > 0:
             raise RecipeError(f"mixup's alpha is above 0, not {alpha}", where="data.mixup_alpha")
