@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 
 from kdcompress.bundle import Preprocess, Resize
 from kdcompress.data import Split, Splits, eval_batches, seen_fraction, unit_interval
-from kdcompress.errors import ShapeError
+from kdcompress.errors import CheckpointError, ShapeError
 from kdcompress.evaluate import Accuracy, evaluate
-from kdcompress.networks import Teacher
+from kdcompress.networks import Teacher, TeacherEnsemble
 from kdcompress.recipe import TeacherSection
 from kdcompress.teachers import LoadedCheckpoint, build_from, load_checkpoint
 from kdcompress.teachers.preprocessing import measure_preprocessing
+from kdcompress.types import FeatureShape, Images, Labels, Predictor
 
 MEASURED_IMAGES = 512
 """Training images on which a normalisation that nobody states is measured."""
 EXAMINED_IMAGES = 2000
 """At most so many images of val and of holdout are used to examine each teacher before training."""
 SAME = 1e-2
-"""Two accuracies whose difference has a smaller p-value than this are not the same."""
+"""A difference of two accuracies with a smaller p-value than this is not chance."""
 
 
 @dataclass(frozen=True)
@@ -100,31 +101,49 @@ def require_same_classes(checkpoints: Sequence[LoadedCheckpoint], splits: Splits
             )
 
 
-def open_teacher(section: TeacherSection, checkpoint: LoadedCheckpoint, name: str, splits: Splits) -> OpenedTeacher:
-    """The teacher with the normalisation that the recipe says, else its file, else the one that is measured."""
+def open_teacher(
+    section: TeacherSection,
+    checkpoint: LoadedCheckpoint,
+    number: int,
+    image_shape: FeatureShape,
+    sample: Callable[[], tuple[Images, Labels]] | None = None,
+) -> OpenedTeacher:
+    """The teacher with the normalisation that the recipe says, else its file, else the one that is measured.
+
+    Args:
+        section: what the recipe says of it.
+        checkpoint: its file.
+        number: which teacher it is, from 1.
+        image_shape: of the data; its size is the teacher's where nothing says otherwise.
+        sample: gives labelled images to measure on; not called where the normalisation is stated.
+
+    Raises:
+        CheckpointError: nothing states the normalisation, and there is no sample.
+    """
     network = build_from(checkpoint)
-    channels, height, width = splits.image_shape
+    channels, height, width = image_shape
     stated = checkpoint.preprocess
-    if section.image_size:
-        height = width = section.image_size
+    size: int | None = section.image_size or (checkpoint.arch_args.get("image_size") if stated is None else None)
+    if size is not None:
+        height = width = size
     elif stated is not None:
         height, width = stated.height, stated.width
     if section.mean is not None and section.std is not None:
         mean, std, origin = tuple(section.mean), tuple(section.std), "from the recipe"
     elif stated is not None:
         mean, std, origin = stated.mean, stated.std, "from its file"
+    elif sample is None:
+        raise CheckpointError("the file does not state its normalisation", where=str(checkpoint.path))
     else:
-        sample = splits.calibration.take(MEASURED_IMAGES)
-        images = unit_interval(sample.images.load(sample.ids))
-        if section.image_size:
-            images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
-        fit = measure_preprocessing(network, images, sample.labels)
-        mean, std, origin = fit.mean, fit.std, f"{fit.name}, measured on {len(sample)} images"
-    resize: Resize = "none" if (height, width) == splits.image_shape[1:] else "bilinear"
+        images, labels = sample()
+        sized = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+        fit = measure_preprocessing(network, sized if (height, width) != image_shape[1:] else images, labels)
+        mean, std, origin = fit.mean, fit.std, f"{fit.name}, measured on {len(labels)} images"
+    resize: Resize = "none" if (height, width) == image_shape[1:] else "bilinear"
     teacher = Teacher(
         network,
         Preprocess(channels, height, width, mean, std, resize),
-        name=name,
+        name=f"teacher {number} ({checkpoint.arch})",
         classes=checkpoint.classes,
         training_digests=checkpoint.training_digests,
         stages=section.stages,
@@ -133,17 +152,32 @@ def open_teacher(section: TeacherSection, checkpoint: LoadedCheckpoint, name: st
     return OpenedTeacher(teacher, checkpoint, origin)
 
 
+def open_predictor(sections: Sequence[TeacherSection], numbers: Sequence[int], image_shape: FeatureShape) -> Predictor:
+    """One teacher, or the ensemble of several, from resolved sections alone: what a measuring process opens."""
+    teachers = [
+        open_teacher(section, checkpoint, number, image_shape).teacher
+        for section, checkpoint, number in zip(sections, read_checkpoints(sections), numbers, strict=True)
+    ]
+    return teachers[0].predict if len(teachers) == 1 else TeacherEnsemble(teachers).predict
+
+
 def resolved(section: TeacherSection, opened: OpenedTeacher) -> TeacherSection:
     """The section with everything said that was found out, so that it opens the same teacher again."""
     preprocess, checkpoint = opened.teacher.preprocess, opened.checkpoint
     return section.model_copy(
         update={
             "path": str(checkpoint.path.resolve()),
-            "arch": None if checkpoint.preprocess is not None else checkpoint.arch,
+            "arch": checkpoint.arch if checkpoint.preprocess is None else None,
             "mean": preprocess.mean,
             "std": preprocess.std,
         }
     )
+
+
+def sample_of(splits: Splits) -> tuple[Images, Labels]:
+    """Labelled training images, class-balanced, on which a normalisation can be measured."""
+    chosen = splits.calibration.take(MEASURED_IMAGES)
+    return unit_interval(chosen.images.load(chosen.ids)), chosen.labels
 
 
 def examine(teacher: Teacher, splits: Splits) -> Exam:
@@ -179,14 +213,14 @@ def saw_val(exams: Sequence[Exam]) -> tuple[bool | None, str]:
         return False, "by the digests in the teachers' files"
     if any(exam.holdout is None for exam in silent):
         return None, "the teachers' files do not say, and there is no --holdout to measure it on"
-    seen = any(exam.holdout is not None and better_by_chance(exam.val, exam.holdout) < SAME for exam in silent)
+    seen = any(exam.holdout is not None and better_beyond_chance(exam.val, exam.holdout) for exam in silent)
     return seen, "by the teachers' accuracy on val against --holdout"
 
 
-def better_by_chance(first: Accuracy, second: Accuracy) -> float:
-    """The one-sided p-value of two proportions with pooled variance: that `first` is above `second` by chance."""
+def better_beyond_chance(first: Accuracy, second: Accuracy) -> bool:
+    """Whether `first` is above `second` by more than chance: one-sided two-sample test of proportions at `SAME`."""
     pooled = (first.top1 * first.n + second.top1 * second.n) / (first.n + second.n)
     variance = pooled * (1 - pooled) * (1 / first.n + 1 / second.n)
     if variance == 0:
-        return 1.0
-    return 0.5 * math.erfc((first.top1 - second.top1) / math.sqrt(2 * variance))
+        return False
+    return 0.5 * math.erfc((first.top1 - second.top1) / math.sqrt(2 * variance)) < SAME

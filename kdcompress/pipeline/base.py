@@ -23,7 +23,7 @@ from rich.console import Console
 
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.data import Splits, load_splits
-from kdcompress.errors import InputError, OutputError
+from kdcompress.errors import InputError, OutputError, ShapeError
 from kdcompress.files import atomic_write, require_empty
 from kdcompress.recipe import DataSection, Recipe, build_recipe, read_recipe
 
@@ -170,3 +170,19 @@ def open_splits(data: DataSection) -> Splits:
         image_size=data.image_size,
         workers=data.workers,
     )
+
+
+def require_classes(bundle: Bundle, splits: Splits) -> None:
+    """Refuses data of another class set.
+
+    Raises:
+        ShapeError: with the first class that differs, or both counts.
+    """
+    if bundle.classes != splits.classes:
+        mine, theirs = set(bundle.classes) - set(splits.classes), set(splits.classes) - set(bundle.classes)
+        named = f"{sorted(mine)[0]!r} is not in it" if mine else f"{sorted(theirs)[0]!r} is not in the model"
+        raise ShapeError(
+            f"{len(splits.classes)} classes in the data {splits.name}, {bundle.num_classes} in the model"
+            + (f"; {named}" if mine or theirs else "; they are in another order"),
+            where=str(bundle.path),
+        )

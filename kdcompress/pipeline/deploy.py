@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
-from kdcompress.data import Splits, load_splits, unit_interval
+from kdcompress.data import load_splits, unit_interval
 from kdcompress.errors import InputError, ShapeError
 from kdcompress.export import find_target, walk
-from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits
+from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits, require_classes
 from kdcompress.profiles import Profile, default_profile, get_profile
 from kdcompress.quantize import find_quantizer
 from kdcompress.types import Images
@@ -62,22 +62,6 @@ def find_images(source: Source, data: str | None) -> Images:
             f"images of shape {splits.image_shape}, the network takes {wanted.image_shape}", where="--data"
         )
     return unit_interval(splits.calibration.images.load(splits.calibration.ids))
-
-
-def require_classes(bundle: Bundle, splits: Splits) -> None:
-    """Refuses data of another class set.
-
-    Raises:
-        ShapeError: with the first class that differs, or both counts.
-    """
-    if bundle.classes != splits.classes:
-        mine, theirs = set(bundle.classes) - set(splits.classes), set(splits.classes) - set(bundle.classes)
-        named = f"{sorted(mine)[0]!r} is not in it" if mine else f"{sorted(theirs)[0]!r} is not in the model"
-        raise ShapeError(
-            f"{len(splits.classes)} classes in the data {splits.name}, {bundle.num_classes} in the model"
-            + (f"; {named}" if mine or theirs else "; they are in another order"),
-            where=str(bundle.path),
-        )
 
 
 def choose_profile(name: str) -> Profile:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from kdcompress.bundle import Preprocess, provenance_step
 from kdcompress.data import Splits, TrainLoader, build_views, training_digests, unit_interval
@@ -32,6 +34,7 @@ from kdcompress.pipeline._teachers import (
     read_checkpoints,
     require_same_classes,
     resolved,
+    sample_of,
     saw_val,
 )
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFacts, RunFolder, console, open_splits
@@ -53,6 +56,7 @@ class Parts:
     splits: Splits
     teachers: tuple[OpenedTeacher, ...]
     student: Student
+    init: InitDecision
     method: Method
     loader: TrainLoader
     facts: RunFacts
@@ -105,7 +109,7 @@ def distill(
         run.path / STUDENT,
         classes=parts.splits.classes,
         provenance=(describe(parts),),
-        training_digests=training_digests(parts.splits.train),
+        training_digests=all_digests(parts),
     )
     final = result.history[-1]
     top1 = (final.val_top1_ema or final.val_top1)[0]
@@ -207,7 +211,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     require_same_classes(checkpoints, splits)
 
     opened = tuple(
-        open_teacher(section, checkpoint, f"teacher {number} ({checkpoint.arch})", splits)
+        open_teacher(section, checkpoint, number, splits.image_shape, partial(sample_of, splits))
         for number, (section, checkpoint) in enumerate(zip(asked.teachers, checkpoints, strict=True), start=1)
     )
     device = choose_device(asked.train.device)
@@ -260,7 +264,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         data_digest=splits.digest,
         notes=tuple(notes),
     )
-    return Parts(recipe, splits, opened, student, method, build_loader(recipe, splits), facts)
+    return Parts(recipe, splits, opened, student, decision, method, build_loader(recipe, splits), facts)
 
 
 def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
@@ -434,6 +438,14 @@ def describe_teacher(one: OpenedTeacher, exam: Exam) -> dict[str, Any]:
         "holdout": asdict(exam.holdout) if exam.holdout else None,
         "saw_val": exam.saw_val,
     }
+
+
+def all_digests(parts: Parts) -> Tensor:
+    """Digests of all images that the student's weights have seen: its own, and those of the teacher it starts from."""
+    own = training_digests(parts.splits.train)
+    start = parts.init.teacher if parts.init.kind == "teacher" else None
+    before = None if start is None else parts.teachers[start].checkpoint.training_digests
+    return own if before is None else torch.unique(torch.cat([own, before]))
 
 
 def describe(parts: Parts) -> dict[str, Any]:
