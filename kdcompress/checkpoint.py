@@ -34,9 +34,11 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         state: tensors, numbers, texts, None, and lists, tuples and dictionaries of them.
 
     Raises:
+        TypeError: something else is in it, so that it could not be read again.
         OutputError: the place cannot be written to.
         RunError: the disk is full.
     """
+    _require_plain(state, "")
     content = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **state}, content)
     with atomic_write(path) as handle:
@@ -93,7 +95,7 @@ def environment(device: torch.device) -> dict[str, Setting]:
         "device": f"{device.type} ({name})",
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 
@@ -130,6 +132,17 @@ def not_finite(state: Any) -> str | None:
         return None
     finite = torch.stack([tensor.isfinite().all() for _, tensor in floats]).tolist()
     return next((name for (name, _), good in zip(floats, finite, strict=True) if not good), None)
+
+
+def _require_plain(value: Any, name: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _require_plain(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _require_plain(item, f"{name}.{index}")
+    elif not isinstance(value, Tensor) and type(value) not in (str, int, float, bool, type(None)):
+        raise TypeError(f"{type(value).__name__} cannot be saved in {LAST}: {name[1:]}")
 
 
 def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -217,7 +217,7 @@ class RunLog:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise output_error(path, error) from error
 
@@ -230,7 +230,6 @@ class RunLog:
         line = json.dumps({"event": event, **_finite(values)}, ensure_ascii=False, allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
-            self._file.flush()
         except OSError as error:
             raise output_error(self._path, error) from error
 

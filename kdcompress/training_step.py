@@ -1,0 +1,280 @@
+"""One training step, and everything that changes by it.
+
+Nothing in a step waits for the device: what was measured is noted there and read at log points (`ledger.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from kdcompress.balance import Balancer
+from kdcompress.checkpoint import not_finite, seed_step
+from kdcompress.errors import InputError, NonFiniteError
+from kdcompress.ledger import Ledger
+from kdcompress.methods.base import Method
+from kdcompress.networks import Student
+from kdcompress.optim import Optimisation, WeightAverage, build_optimizer, learning_rate, parameter_groups
+from kdcompress.types import Batch, EnsembleOutputs, Images, LossTerms, Outputs, Share, Step, TeacherSource
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+SelfTeacher: TypeAlias = Callable[[Images], Outputs]
+"""A student's own pre-trained copy, frozen."""
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch brought; tuples have one entry per student.
+
+    Args:
+        epoch: counted from 1.
+        losses: mean of the weighted loss over the epoch's steps.
+        val_top1: accuracy on val, a fraction of 1; empty without val.
+        val_top1_ema: the same of the averaged weights; empty without val or average.
+        seconds: of the training up to here, all sessions together.
+    """
+
+    epoch: int
+    losses: tuple[float, ...]
+    val_top1: tuple[float, ...]
+    val_top1_ema: tuple[float, ...]
+    seconds: float
+
+
+class Run:
+    """Everything that changes while training, all of it in `last.pt`."""
+
+    def __init__(
+        self,
+        students: Sequence[Student],
+        methods: Sequence[Method],
+        optimisation: Optimisation,
+        device: torch.device,
+        precision: Precision,
+        steps_per_epoch: int,
+        num_steps: int,
+        seed: int,
+    ) -> None:
+        self.students = [student.to(device) for student in students]
+        self.methods = [method.to(device) for method in methods]
+        self.optimisation = optimisation
+        self.device = device
+        self.steps_per_epoch = steps_per_epoch
+        self.precision = precision
+        self.num_steps = num_steps
+        self.num_warmup_steps = min(round(optimisation.warmup_epochs * steps_per_epoch), num_steps // 2)
+        self.seed = seed
+        self.optimizers = [
+            build_optimizer(parameter_groups(student, method, optimisation.weight_decay), optimisation, device)
+            for student, method in zip(self.students, self.methods, strict=True)
+        ]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.balancers = [Balancer(student.backbone_parameters()) for student in self.students]
+        decay = optimisation.ema
+        self.averages = [WeightAverage(student, decay) for student in self.students] if decay else []
+        self.ledger = Ledger()
+        self.weights: list[dict[str, float | Share]] = [{} for _ in self.students]
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[EpochResult] = []
+        self.warned: list[str] = []
+
+    def rate(self, step: int) -> float:
+        """The learning rate of one step."""
+        settings = self.optimisation
+        return learning_rate(
+            step,
+            self.num_steps,
+            base=settings.lr,
+            schedule=settings.schedule,
+            num_warmup_steps=self.num_warmup_steps,
+            milestones=settings.milestones,
+            decay=settings.decay,
+        )
+
+    def train_mode(self) -> None:
+        """Students and methods as they train."""
+        for module in (*self.students, *self.methods):
+            module.train()
+
+    def eval_mode(self) -> None:
+        """Students and methods as they are measured."""
+        for module in (*self.students, *self.methods):
+            module.eval()
+
+    def autocast(self) -> torch.autocast:
+        """Where the networks run; the losses do not."""
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
+
+    def ask(self, images: Images) -> list[Outputs]:
+        """What each student says."""
+        with self.autocast():
+            return [_full_precision(student(images)) for student in self.students]
+
+    @torch.no_grad()
+    def ask_teachers(self, batch: Batch, teachers: TeacherSource | None) -> EnsembleOutputs | None:
+        """What the teachers say."""
+        if teachers is None:
+            return None
+        with self.autocast():
+            answer = teachers(batch)
+        features = tuple({name: value.float() for name, value in maps.items()} for maps in answer.features)
+        return EnsembleOutputs(answer.logits.float(), features, answer.teacher_ids)
+
+    @torch.no_grad()
+    def ask_self_teachers(
+        self, images: Images, self_teachers: Sequence[SelfTeacher] | None
+    ) -> Sequence[Outputs | None]:
+        """What each student's own pre-trained copy says."""
+        if self_teachers is None:
+            return [None] * len(self.students)
+        with self.autocast():
+            return [_full_precision(self_teacher(images)) for self_teacher in self_teachers]
+
+    def steps(
+        self,
+        batch: Batch,
+        outputs: Sequence[Outputs],
+        answers: EnsembleOutputs | None,
+        own: Sequence[Outputs | None],
+    ) -> Iterator[Step]:
+        """What each method gets to see: its student with gradient, the others without."""
+        for index, output in enumerate(outputs):
+            yield Step(
+                labels=batch.labels,
+                label_targets=batch.label_targets,
+                student=output,
+                teachers=answers,
+                peers=tuple(peer.detach() for other, peer in enumerate(outputs) if other != index),
+                self_teacher=own[index],
+                student_index=index,
+                progress=self.step / self.num_steps,
+            )
+
+    def advance(
+        self, batch: Batch, teachers: TeacherSource | None, self_teachers: Sequence[SelfTeacher] | None
+    ) -> None:
+        """One training step on a batch that is on the device."""
+        seed_step(self.seed, self.step, self.device)
+        answers = self.ask_teachers(batch, teachers)
+        own = self.ask_self_teachers(batch.images, self_teachers)
+        outputs = self.ask(batch.images)
+
+        measured: dict[str, Tensor] = {}
+        for index, step in enumerate(self.steps(batch, outputs, answers, own)):
+            losses: LossTerms = self.methods[index](step)
+            loss = self._weigh(index, losses)
+            torch.autograd.backward(self.scaler.scale(loss))
+            measured[f"{index}/loss"] = loss.detach()
+            measured |= {f"{index}/terms/{name}": term.value.detach() for name, term in losses.terms.items()}
+            measured |= {f"{index}/diagnostics/{name}": value for name, value in losses.diagnostics.items()}
+
+        rate = self.rate(self.step)
+        for index, optimizer in enumerate(self.optimizers):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if self.optimisation.clip_norm is not None:
+                self.scaler.unscale_(optimizer)
+                for name, module in (("gradient_norm", self.students[index]), ("method_norm", self.methods[index])):
+                    if trained := [parameter for parameter in module.parameters() if parameter.requires_grad]:
+                        norm = nn.utils.clip_grad_norm_(trained, self.optimisation.clip_norm)
+                        measured[f"{index}/{name}"] = norm
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        for average in self.averages:
+            average.update(self.step)
+
+        self.ledger.note(self.step, measured)
+        self.step += 1
+
+    def _weigh(self, index: int, losses: LossTerms) -> Tensor:
+        """The sum of the terms under their factors; the terms are measured first if it is time."""
+        balancer = self.balancers[index]
+        weights = {name: term.weight for name, term in losses.terms.items()}
+        self.weights[index] = weights
+        if balancer.due(self.step, weights):
+            balancer.measure(losses.terms, scale=self.scaler.scale(torch.ones((), device=self.device)))
+        factors = balancer.factors(weights)
+        acting = [
+            losses.terms[name].value * factor
+            for name, factor in factors.items()
+            if isinstance(factor, Tensor) or factor != 0
+        ]
+        if not acting:
+            raise InputError(f"every term of the loss has weight 0: {', '.join(weights)}", where="the method's weights")
+        return torch.stack(acting).sum()
+
+    def require_finite(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            NonFiniteError: a loss since the last time, or a weight, is not finite.
+        """
+        self.ledger.settle()
+        weights = {
+            "student": [student.state_dict() for student in self.students],
+            "method": [dict(method.named_parameters()) for method in self.methods],
+            "optimizer": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "average": [average.state_dict() for average in self.averages],
+        }
+        name = not_finite(weights)
+        if name is not None:
+            raise NonFiniteError(
+                f"after step {self.step} {name} is not finite, though every loss was",
+                where=f"the last losses: {self.ledger.describe_last()}",
+                fix="a lower train.lr, train.clip_norm=5, or train.precision=fp32",
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as `last.pt` holds it."""
+        return {
+            "students": [student.state_dict() for student in self.students],
+            "methods": [method.state_dict() for method in self.methods],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "balancers": [balancer.state_dict() for balancer in self.balancers],
+            "averages": [average.state_dict() for average in self.averages],
+            "ledger": self.ledger.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": [asdict(epoch) for epoch in self.history],
+            "warned": self.warned,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over all of it.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: it does not fit.
+        """
+        for modules, states in ((self.students, state["students"]), (self.methods, state["methods"])):
+            for module, saved in zip(modules, states, strict=True):
+                module.load_state_dict(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        for balancer, saved in zip(self.balancers, state["balancers"], strict=True):
+            balancer.load_state_dict(saved, self.device)
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.load_state_dict(saved)
+        self.ledger.load_state_dict(state["ledger"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.history = [EpochResult(**epoch) for epoch in state["history"]]
+        self.warned = list(state["warned"])
+
+    def finish(self) -> None:
+        """Gives the students the weights that are exported."""
+        for average in self.averages:
+            average.apply()
+        self.eval_mode()
+
+
+def _full_precision(outputs: Outputs) -> Outputs:
+    return Outputs(outputs.logits.float(), {name: value.float() for name, value in outputs.features.items()})
