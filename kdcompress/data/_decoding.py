@@ -39,7 +39,7 @@ _LARGEST_KEPT = 384
 _PROBED = 100_000
 _ORIENTATION = 0x0112
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "RGBA": 4, "PA": 4, "RGBa": 4}
-_PNG_16_BIT_COLOUR = {bytes([16, kind]) for kind in (2, 4, 6)}
+_PNG_16_BIT_COLOUR = {bytes([16, kind]) for kind in (2, 6)}
 
 T = TypeVar("T")
 
@@ -143,7 +143,7 @@ def _format_of(data: bytes | Image.Image) -> PixelFormat:
     image = _open(data)
     width, height = image.size[::-1] if _orientation(image) >= 5 else image.size
     if _is_16_bit_colour_png(data):
-        return PixelFormat({2: 3, 4: 1, 6: 4}[data[25]], height, width, 16)
+        return PixelFormat({2: 3, 6: 4}[data[25]], height, width, 16)
     if image.mode.startswith("I"):
         return PixelFormat(1, height, width, 16)
     channels = 4 if image.mode == "P" and "transparency" in image.info else _CHANNELS.get(image.mode, 3)
@@ -162,6 +162,17 @@ def probe(reader: Reader, index: int) -> PixelFormat:
         return _format_of(ends)
 
 
+def _png_bytes(data: bytes, order: Literal["16B", "16L"]) -> np.ndarray:
+    """One byte of each 16-bit value of a PNG in colour: [channels, height, width], uint8.
+
+    Pillow keeps the upper byte only. Told that the values are big-endian, as they are, it keeps the first byte of each;
+    told that they are little-endian, the second.
+    """
+    image = _open(data)
+    image.tile = [(*image.tile[0][:3], f"{image.mode};{order}")]  # type: ignore[attr-defined]
+    return np.asarray(image).transpose(2, 0, 1)
+
+
 def _pixels(data: bytes | Image.Image, least: int = 0) -> np.ndarray:
     """An image as it is in its file, upright: [channels, height, width], uint8, or int32 holding 16-bit values.
 
@@ -170,11 +181,8 @@ def _pixels(data: bytes | Image.Image, least: int = 0) -> np.ndarray:
         least: where a JPEG is more than twice this size on both sides, decode it at 1/2, 1/4 or 1/8.
     """
     if _is_16_bit_colour_png(data):
-        from torchvision.io import ImageReadMode, decode_image
-
-        decoded = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-        array: np.ndarray = decoded.numpy().astype(np.int32)
-        return array[:1] if len(array) == 2 else array
+        array: np.ndarray = _png_bytes(data, "16B").astype(np.int32) * 256 + _png_bytes(data, "16L")
+        return array
     image = _open(data)
     if least:
         image.draft(None, (2 * least, 2 * least))

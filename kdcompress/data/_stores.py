@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import os
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from kdcompress.errors import DataError
 
@@ -243,32 +245,49 @@ class TarStore:
         self.path = path
         self._places: dict[str, tuple[int, int]] = {}
         self._held: dict[str, bytes] = {}
-        folders = set()
-        compressed = not _is_plain_tar(path)
-        held = 0
+        self._folders: set[str] = set()
         try:
-            with tarfile.open(path, "r|*" if compressed else "r:") as archive:
-                for member in archive:
-                    name = _safe_name(member.name, path)
-                    if name is None:
-                        continue
-                    if member.isdir():
-                        folders.add(name)
-                    elif member.isreg() and not member.issparse():
-                        self._places[name] = (member.offset_data, member.size)
-                        if compressed and (file := archive.extractfile(member)) is not None:
-                            held += member.size
-                            if held > _COMPRESSED_TAR_LIMIT:
-                                raise DataError(
-                                    f"{path} is compressed and unpacks to more than 8 GiB",
-                                    fix="unpack it, or give a plain .tar or a .zip: those are read in place",
-                                )
-                            self._held[name] = file.read()
+            self._list(_decompressor(path))
         except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"{path} is damaged or not a tar: {error}", fix="download or pack it again") from error
         self.files = tuple(sorted(self._places))
-        self.folders = frozenset(folders)
+        self.folders = frozenset(self._folders)
         self._descriptor = os.open(path, os.O_RDONLY)
+
+    def _list(self, decompressor: Callable[..., Any] | None) -> None:
+        """Notes where each file lies, or keeps it; an archive whose end is missing is damaged."""
+        if decompressor is None:
+            with tarfile.open(self.path, "r:") as archive:
+                for member in archive:
+                    self._note(member)
+                if self.path.stat().st_size < archive.offset + tarfile.BLOCKSIZE:
+                    raise EOFError("its end is missing")
+            return
+        room = _COMPRESSED_TAR_LIMIT
+        with decompressor(self.path, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            for member in archive:
+                name = self._note(member)
+                if name is None or (file := archive.extractfile(member)) is None:
+                    continue
+                room -= member.size
+                if room < 0:
+                    raise DataError(
+                        f"{self.path} is compressed and unpacks to more than 8 GiB",
+                        fix="unpack it, or give a plain .tar or a .zip: those are read in place",
+                    )
+                self._held[name] = file.read()
+            while stream.read(2**20):  # a decompressor tells only at the very end whether all was there
+                pass
+
+    def _note(self, member: tarfile.TarInfo) -> str | None:
+        """The member's name if it is a file to be read."""
+        name = _safe_name(member.name, self.path)
+        if name is not None and member.isdir():
+            self._folders.add(name)
+        if name is None or not member.isreg() or member.issparse():
+            return None
+        self._places[name] = (member.offset_data, member.size)
+        return name
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -293,9 +312,8 @@ class TarStore:
         return f"{self.path}:{name}"
 
 
-def _is_plain_tar(path: Path) -> bool:
-    try:
-        with tarfile.open(path, "r:"):
-            return True
-    except tarfile.TarError:
-        return False
+def _decompressor(path: Path) -> Callable[..., Any] | None:
+    with path.open("rb") as file:
+        head = file.read(6)
+    openers: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+    return next((opener for magic, opener in openers.items() if head.startswith(magic)), None)

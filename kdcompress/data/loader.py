@@ -36,7 +36,7 @@ def _ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator
         waiting: deque[Future[Batch]] = deque()
         for step in steps:
             waiting.append(pool.submit(make, step))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > workers + 1:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -47,7 +47,7 @@ def _ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator
 def _workers(split: Split, workers: int) -> int:
     if workers:
         return workers
-    return 1 if isinstance(split.images, MemorySet) else min(available_cores(), 16)
+    return 1 if isinstance(split.images, MemorySet) else min(available_cores(), 8)
 
 
 class TrainLoader:
@@ -63,7 +63,7 @@ class TrainLoader:
         batch_size: the largest batch; the pass is cut into near-equal ones, so that no small rest is left.
         seed: of the run: order of the images and choice of the views.
         label_smoothing: share of a label that is spread over all classes, in [0, 1).
-        workers: threads that make batches ahead; 0 chooses (1 for images in memory, else one per core).
+        workers: threads that make batches ahead; 0 chooses (1 for images in memory, else one per core, 8 at most).
 
     Attributes:
         num_steps: batches in an epoch.

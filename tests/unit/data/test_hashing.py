@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcompress.data._hashing import bounded, keyed_hash, mix, uniform
@@ -17,6 +17,7 @@ def splitmix_finalizer(value: int) -> int:
     return value ^ (value >> 31)
 
 
+@settings(deadline=None)
 @given(st.lists(INT64, min_size=1, max_size=20))
 def test_mix_is_the_published_function(values: list[int]) -> None:
     found = mix(torch.tensor(values, dtype=torch.int64)).tolist()
@@ -31,6 +32,7 @@ def test_the_published_generator_comes_out() -> None:
     assert [v & MASK for v in mix(signed).tolist()] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**70), st.lists(INT64, min_size=1, max_size=9), st.integers(0, 100))
 def test_a_hash_depends_on_its_own_key_only(seed: int, ids: list[int], view: int) -> None:
     together = keyed_hash(seed, torch.tensor(ids), view)

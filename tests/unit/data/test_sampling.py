@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcompress.data._sampling import balanced, quotas, stratified
@@ -7,6 +7,7 @@ from kdcompress.data._sampling import balanced, quotas, stratified
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(0, 200), st.integers(0, 2))
 def test_quotas_make_the_total_and_keep_the_shares(counts: list[int], total: int, keep: int) -> None:
     taken = quotas(torch.tensor(counts), total, keep).tolist()
@@ -18,6 +19,7 @@ def test_quotas_make_the_total_and_keep_the_shares(counts: list[int], total: int
         assert all(abs(t - e) < 1 for t, e in zip(taken, exact, strict=True))
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 100), st.integers(0, 5))
 def test_stratified_takes_the_quota_of_every_class(counts: list[int], total: int, seed: int) -> None:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -37,6 +39,7 @@ def test_a_seed_repeats_and_seeds_differ() -> None:
     assert 8 < mean < 12  # independent draws of a tenth share a tenth
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 100), st.integers(0, 3))
 def test_balanced_levels_the_classes(counts: list[int], total: int, seed: int) -> None:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
