@@ -60,7 +60,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What each measuring process is told."""
 
     image_shape: FeatureShape
@@ -72,7 +72,7 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class _Timing:
+class Timing:
     """What a measuring process answers for one model: its runtime, and seconds of each call for each batch size."""
 
     runtime: str
@@ -106,7 +106,7 @@ def measure_latency(
     Raises:
         RunError: a measuring process failed.
     """
-    plan = _Plan(image_shape, tuple(batch_sizes), threads, warmup, iterations, max_seconds)
+    plan = Plan(image_shape, tuple(batch_sizes), threads, warmup, iterations, max_seconds)
     runs = [_in_new_process(dict(openers), plan) for _ in range(restarts)]
     return {
         name: [_summary(plan, [run[name] for run in runs], batch_size) for batch_size in batch_sizes]
@@ -114,7 +114,7 @@ def measure_latency(
     }
 
 
-def _summary(plan: _Plan, timings: Sequence[_Timing], batch_size: int) -> Latency:
+def _summary(plan: Plan, timings: Sequence[Timing], batch_size: int) -> Latency:
     restarts = [np.asarray(timing.seconds[batch_size]) * 1e3 for timing in timings]
     p50, p90, p99 = (float(value) for value in np.percentile(np.concatenate(restarts), (50, 90, 99)))
     return Latency(
@@ -137,7 +137,7 @@ def _summary(plan: _Plan, timings: Sequence[_Timing], batch_size: int) -> Latenc
     )
 
 
-def _in_new_process(openers: dict[str, Opener], plan: _Plan) -> dict[str, _Timing]:
+def _in_new_process(openers: dict[str, Opener], plan: Plan) -> dict[str, Timing]:
     """Runs `time_models` in a spawned process and brings back what it found."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -146,7 +146,7 @@ def _in_new_process(openers: dict[str, Opener], plan: _Plan) -> dict[str, _Timin
         process.start()
     sender.close()
     try:
-        answer: dict[str, _Timing] | tuple[str, str, str] = receiver.recv()
+        answer: dict[str, Timing] | tuple[str, str, str] = receiver.recv()
     except EOFError:
         process.join()
         raise RunError(f"the process that measures latency ended with exit code {process.exitcode}") from None
@@ -176,7 +176,7 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _child(sender: Connection, openers: dict[str, Opener], plan: _Plan) -> None:
+def _child(sender: Connection, openers: dict[str, Opener], plan: Plan) -> None:
     try:
         sender.send(time_models(openers, plan))
     except KdcompressError as error:
@@ -187,7 +187,7 @@ def _child(sender: Connection, openers: dict[str, Opener], plan: _Plan) -> None:
         sender.close()
 
 
-def time_models(openers: Mapping[str, Opener], plan: _Plan) -> dict[str, _Timing]:
+def time_models(openers: Mapping[str, Opener], plan: Plan) -> dict[str, Timing]:
     """Opens and times the models in this process."""
     torch.set_num_threads(plan.threads)
     models = {name: opener() for name, opener in openers.items()}
@@ -199,12 +199,12 @@ def time_models(openers: Mapping[str, Opener], plan: _Plan) -> dict[str, _Timing
             for name, times in _interleaved(models, images, plan).items():
                 seconds[name][batch_size] = times
     return {
-        name: _Timing(getattr(model, "runtime", f"torch {torch.__version__}"), seconds[name])
+        name: Timing(getattr(model, "runtime", f"torch {torch.__version__}"), seconds[name])
         for name, model in models.items()
     }
 
 
-def _interleaved(models: Mapping[str, Predictor], images: torch.Tensor, plan: _Plan) -> dict[str, list[float]]:
+def _interleaved(models: Mapping[str, Predictor], images: torch.Tensor, plan: Plan) -> dict[str, list[float]]:
     for model in models.values():
         for _ in range(plan.warmup):
             model(images)

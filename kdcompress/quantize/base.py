@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
 
 from kdcompress.bundle import Bundle, Kind, Precision
 from kdcompress.discovery import list_names
 from kdcompress.errors import InputError, unknown_name
 from kdcompress.profiles import Profile
 from kdcompress.types import Images
+
+OtherImages: TypeAlias = Float[Tensor, "others channels other_height other_width"]
+"""Images that are not those a call is about: another number, perhaps another size."""
 
 
 @runtime_checkable
@@ -27,7 +33,7 @@ class Quantizer(Protocol):
         out: Path,
         *,
         profile: Profile,
-        images: Images | None = None,
+        images: OtherImages | None = None,
         replace: bool = False,
     ) -> Bundle:
         """Writes `bundle` in this precision; what it agrees with its source on stands in the provenance.

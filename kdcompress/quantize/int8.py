@@ -24,6 +24,7 @@ from kdcompress.bundle import Bundle, Kind, Precision, fit_images, model_metadat
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.profiles import Profile, instruction_sets
+from kdcompress.quantize.base import OtherImages
 from kdcompress.runtimes.onnxruntime_runtime import first_line, open_session
 from kdcompress.types import Images, Logits
 
@@ -45,7 +46,7 @@ class _Int8:
         out: Path,
         *,
         profile: Profile,
-        images: Images | None = None,
+        images: OtherImages | None = None,
         replace: bool = False,
     ) -> Bundle:
         """See `Quantizer.run`."""

@@ -1,0 +1,174 @@
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+
+from kdcompress.bundle import Bundle, read_bundle
+from kdcompress.errors import BundleError, InputError, ShapeError, VerificationError
+from kdcompress.profiles import get_profile, instruction_sets
+from kdcompress.quantize.int8 import QUANTIZER, images_digest, predict, quantize_model
+from tests.unit.deployed import digits, onnx_bundle, student_bundle
+
+PROFILE = get_profile("ort-x86")
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    images = digits()[0]
+    folder = tmp_path_factory.mktemp("int8") / "onnx-int8-ort-x86"
+    return QUANTIZER.run(onnx_bundle(), images[:200], folder, profile=PROFILE, images=images[1200:])
+
+
+def logits_of(bundle: Bundle, images: torch.Tensor) -> Any:
+    session = onnxruntime.InferenceSession(str(bundle.model_path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": images.numpy()})[0]
+
+
+def test_the_file_runs_and_agrees_with_fp32(int8_bundle: Bundle) -> None:
+    images, labels = digits()
+    fp32, int8 = logits_of(onnx_bundle(), images[1200:]), logits_of(int8_bundle, images[1200:])
+    agreed = (fp32.argmax(1) == int8.argmax(1)).mean()
+    assert agreed > 0.95
+    step = int8_bundle.provenance[-1]
+    assert step["agreement"] == {"with": "fp32", "value": round(agreed, 6), "images": 597, "on": "other images"}
+    assert (
+        abs((int8.argmax(1) == labels[1200:].numpy()).mean() - (fp32.argmax(1) == labels[1200:].numpy()).mean()) < 0.03
+    )
+    assert len(np.unique(int8)) > 600  # logits are not rounded to 8 bits
+
+
+def test_the_bundle_says_what_was_done(int8_bundle: Bundle) -> None:
+    assert read_bundle(int8_bundle.path) == int8_bundle
+    assert (int8_bundle.kind, int8_bundle.precision) == ("onnx", "int8")
+    assert sorted(file.name for file in int8_bundle.path.iterdir()) == ["bundle.json", "model.onnx"]
+    step = int8_bundle.provenance[-1]
+    assert step["source"] == onnx_bundle().digest
+    assert step["calibration"] == {"method": "min-max", "images": 200, "digest": images_digest(digits()[0][:200])}
+    assert step["reduce_range"] == PROFILE.reduces_range(instruction_sets())
+    metadata = {item.key for item in onnx.load(int8_bundle.model_path).metadata_props}
+    assert metadata == {"arch", "classes", "preprocess", "provenance"}
+
+
+def test_every_convolution_is_int8_with_a_scale_for_each_channel(int8_bundle: Bundle) -> None:
+    graph = onnx.load(int8_bundle.model_path).graph
+    producers = {output: node for node in graph.node for output in node.output}
+    constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) >= 7
+    for node in convolutions:
+        activation, weight = producers[node.input[0]], producers[node.input[1]]
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        assert constants[activation.input[2]].dtype == np.uint8
+        values, scales = constants[weight.input[0]], constants[weight.input[1]]
+        assert values.dtype == np.int8
+        assert scales.shape == (values.shape[0],)
+        assert not constants[weight.input[2]].any()
+
+
+def test_weights_are_the_rounded_weights_of_the_source(int8_bundle: Bundle) -> None:
+    """By hand: the scale of an output channel is max |w| / 127 (1 where all are 0), its values are round(w / scale)."""
+    source = {i.name: numpy_helper.to_array(i) for i in onnx.load(onnx_bundle().model_path).graph.initializer}
+    made = {i.name: numpy_helper.to_array(i) for i in onnx.load(int8_bundle.model_path).graph.initializer}
+    half = 63 if PROFILE.reduces_range(instruction_sets()) else 127
+    checked = 0
+    for name, weight in source.items():
+        if weight.ndim == 4 and f"{name}_quantized" in made:
+            largest = np.abs(weight).reshape(len(weight), -1).max(1)
+            scale = np.where(largest > 0, largest / half, 1.0)
+            np.testing.assert_allclose(made[f"{name}_scale"], scale, rtol=0.02)
+            back = made[f"{name}_quantized"] * made[f"{name}_scale"][:, None, None, None]
+            assert (np.abs(back - weight).reshape(len(weight), -1).max(1) <= 0.51 * made[f"{name}_scale"] + 1e-7).all()
+            checked += 1
+    assert checked >= 7
+
+
+def test_quantizing_again_gives_the_same_bytes_and_no_paths(int8_bundle: Bundle, tmp_path: Path) -> None:
+    images = digits()[0]
+    again = QUANTIZER.run(onnx_bundle(), images[:200], tmp_path / "b", profile=PROFILE, images=images[1200:])
+    assert again.digest == int8_bundle.digest
+    content = again.model_path.read_bytes()
+    for path in (str(tmp_path), str(onnx_bundle().path.parent), str(Path.home()), "site-packages", "/tmp"):
+        assert path.encode() not in content
+
+
+def test_other_calibration_images_give_other_ranges(int8_bundle: Bundle, tmp_path: Path) -> None:
+    other = QUANTIZER.run(onnx_bundle(), digits()[0][200:400], tmp_path / "b", profile=PROFILE)
+    assert other.model_digest != int8_bundle.model_digest
+    assert other.provenance[-1]["agreement"]["on"] == "calibration"
+
+
+def test_the_range_is_that_of_all_calibration_images_not_of_one_batch() -> None:
+    dark, bright = torch.zeros(32, 1, 8, 8), torch.ones(32, 1, 8, 8)
+    both = quantize_model(onnx_bundle().model_path, torch.cat([dark, bright]), PROFILE, reduce_range=False)
+    scales = {i.name: numpy_helper.to_array(i) for i in both.graph.initializer}
+    first = next(n for n in both.graph.node if n.op_type == "QuantizeLinear")
+    low, high = (0 - 0.3) / 0.35, (1 - 0.3) / 0.35
+    assert float(scales[first.input[1]]) == pytest.approx((high - low) / 255, rel=1e-4)
+
+
+def test_seven_bits_for_weights_where_the_cpu_lacks_vnni() -> None:
+    images = digits()[0][:64]
+    full, reduced = (
+        quantize_model(onnx_bundle().model_path, images, PROFILE, reduce_range=reduce) for reduce in (False, True)
+    )
+
+    def largest(model: Any) -> int:
+        arrays = [numpy_helper.to_array(item) for item in model.graph.initializer]
+        return max(
+            int(np.abs(array.astype(int)).max()) for array in arrays if array.dtype == np.int8 and array.ndim == 4
+        )
+
+    assert largest(full) == 127
+    assert largest(reduced) <= 64
+    answers = predict(reduced.SerializeToString(), images).argmax(1)
+    assert (answers == predict(onnx_bundle().model_path.read_bytes(), images).argmax(1)).double().mean() > 0.9
+
+
+def test_arm_gets_signed_activations(tmp_path: Path) -> None:
+    made = QUANTIZER.run(onnx_bundle(), digits()[0][:64], tmp_path / "arm", profile=get_profile("ort-arm"))
+    zero_points = {
+        item.name: numpy_helper.to_array(item).dtype
+        for item in onnx.load(made.model_path).graph.initializer
+        if item.name.endswith("zero_point")
+    }
+    assert set(zero_points.values()) <= {np.dtype(np.int8), np.dtype(np.int32)}
+    assert made.provenance[-1]["reduce_range"] is False
+
+
+def test_what_cannot_be_quantized_is_refused(int8_bundle: Bundle, tmp_path: Path) -> None:
+    images = digits()[0][:8]
+    with pytest.raises(InputError, match="this is int8 onnx"):
+        QUANTIZER.run(int8_bundle, images, tmp_path / "x", profile=PROFILE)
+    with pytest.raises(InputError, match="this is fp32 torch"):
+        QUANTIZER.run(student_bundle(tmp_path / "s"), images, tmp_path / "x", profile=PROFILE)
+    with pytest.raises(ShapeError, match="no images to calibrate on"):
+        QUANTIZER.run(onnx_bundle(), images[:0], tmp_path / "x", profile=PROFILE)
+    with pytest.raises(ShapeError, match="the network takes 1 × 8 × 8"):
+        QUANTIZER.run(onnx_bundle(), torch.rand(4, 1, 9, 9), tmp_path / "x", profile=PROFILE)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_that_does_not_answer_as_its_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="at least half is needed"):  # calibrated on black images alone
+        QUANTIZER.run(onnx_bundle(), torch.zeros(8, 1, 8, 8), tmp_path / "x", profile=PROFILE, images=digits()[0][:200])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_onnx_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"<html>")
+    broken = dataclasses.replace(onnx_bundle(), path=tmp_path)
+    with pytest.raises((VerificationError, BundleError)) as caught:
+        QUANTIZER.run(broken, digits()[0][:8], tmp_path / "x", profile=PROFILE)
+    assert "\n" not in caught.value.what
+
+
+def test_logging_is_as_it_was() -> None:
+    quantize_model(onnx_bundle().model_path, digits()[0][:8], PROFILE, reduce_range=False)
+    assert logging.root.manager.disable == logging.NOTSET
