@@ -30,12 +30,17 @@ from kdcompress.recipe import DataSection, Recipe, build_recipe, read_recipe
 RUNS = Path("runs")
 RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
+PLAIN_WIDTH = 160
+"""Characters of a line of a table where there is no terminal to ask."""
 STUDENT = "student"
 
 
 def console() -> Console:
     """Where the commands speak: standard output, in colour on a terminal, plain lines elsewhere."""
-    return Console(markup=False, highlight=False, soft_wrap=True)
+    speak = Console(markup=False, highlight=False, soft_wrap=True)
+    if not speak.is_terminal:
+        speak.width = PLAIN_WIDTH
+    return speak
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""What a run says of its data and its teachers, on the terminal and in `run.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from kdcompress.data import Splits
+from kdcompress.files import file_digest
+from kdcompress.pipeline._teachers import Exam, OpenedTeacher
+
+
+def describe_splits(splits: Splits) -> str:
+    """One line about the data."""
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test, "holdout": splits.holdout}
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in parts.items() if split is not None)
+    channels, height, width = splits.image_shape
+    extra = f", of train {len(splits.unlabeled):,} unlabelled" if splits.unlabeled is not None else ""
+    return f"data: {splits.name} · {sizes}{extra} · {len(splits.classes)} classes · {channels} × {height} × {width}"
+
+
+def exam_table(teachers: Sequence[OpenedTeacher], exams: Sequence[Exam]) -> Table:
+    """What the teachers know before anything is trained."""
+    holdout = any(exam.holdout is not None for exam in exams)
+    table = Table(box=None, pad_edge=False)
+    for column in ("teacher", "parameters", "normalisation"):
+        table.add_column(column, overflow="fold")
+    for column in ["val top-1", "val NLL"] + (["holdout top-1", "holdout NLL"] if holdout else []):
+        table.add_column(column, justify="right")
+    for one, exam in zip(teachers, exams, strict=True):
+        row = [one.teacher.name, f"{sum(p.numel() for p in one.teacher.network.parameters()):,}", one.origin]
+        for accuracy in (exam.val, exam.holdout):
+            if accuracy is not None:
+                row += [f"{accuracy.top1:.2%} (n={accuracy.n})", f"{accuracy.nll:.3f}"]
+        table.add_row(*row)
+    return table
+
+
+def describe_teacher(one: OpenedTeacher, exam: Exam) -> dict[str, Any]:
+    """What `run.json` keeps of a teacher."""
+    return {
+        "name": one.teacher.name,
+        "arch": one.checkpoint.arch,
+        "digest": file_digest(one.checkpoint.path) if one.checkpoint.path.is_file() else None,
+        "licence": one.checkpoint.licence,
+        "normalisation": one.origin,
+        "val": asdict(exam.val),
+        "holdout": asdict(exam.holdout) if exam.holdout else None,
+        "saw_val": exam.saw_val,
+    }

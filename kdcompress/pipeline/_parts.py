@@ -1,0 +1,247 @@
+"""A recipe's parts, opened and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.console import Console
+
+from kdcompress.bundle import Preprocess
+from kdcompress.data import Splits, TrainLoader, build_views, unit_interval
+from kdcompress.discovery import check_options
+from kdcompress.errors import InputError, RecipeError
+from kdcompress.init import InitDecision, InitReport, initialise, resolve_init
+from kdcompress.methods.base import Method, find_method
+from kdcompress.models import build_network, published_weights
+from kdcompress.networks import Student
+from kdcompress.pipeline._describe import describe_splits, describe_teacher, exam_table
+from kdcompress.pipeline._teachers import (
+    OpenedTeacher,
+    at_chance,
+    examine,
+    image_size,
+    open_teacher,
+    read_checkpoints,
+    require_same_classes,
+    resolved,
+    sample_of,
+    saw_val,
+)
+from kdcompress.pipeline.base import RunFacts, open_splits
+from kdcompress.recipe import Recipe
+from kdcompress.teachers import load_checkpoint
+from kdcompress.types import NetworkShapes
+
+STATISTICS_IMAGES = 1000
+"""Training images whose mean and standard deviation normalise a student that starts from nothing."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a training needs, opened and checked before anything is written."""
+
+    recipe: Recipe
+    splits: Splits
+    teachers: tuple[OpenedTeacher, ...]
+    student: Student
+    init: InitDecision
+    method: Method
+    loader: TrainLoader
+    facts: RunFacts
+
+
+def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
+    """Opens and checks everything that a run needs, and says what it found."""
+    torch.manual_seed(asked.seed)
+    method_class = find_method(asked.method.name)
+    options = check_options(method_class, asked.method.options)
+    needs = method_class.needs(**options)
+    least, most = needs.teachers
+    if not least <= len(asked.teachers) <= most:
+        raise InputError(
+            f"{len(asked.teachers)} teachers, {asked.method.name} takes "
+            + (f"{least}" if least == most else f"{least} to {most}"),
+            where="--teachers",
+            fix="kdcompress distill --teachers a.pt b.pt c.pt" if least else "kdcompress train needs no teachers",
+        )
+    if asked.data.mixup_alpha and not needs.mixup_allowed:
+        raise RecipeError(f"{asked.method.name} cannot learn from mixed images", where="data.mixup_alpha", fix="0")
+    if asked.student.arch is None:
+        raise InputError(
+            "no architecture for the student", where="--student (train: --arch)", fix="see kdcompress ls models"
+        )
+
+    checkpoints = read_checkpoints(asked.teachers)
+    source = asked.data.source or next((c.metadata["data"] for c in checkpoints if c.metadata.get("data")), None)
+    if source is None:
+        raise InputError("no data to train on", where="--data", fix="a folder, a .zip or .tar, digits, cifar10:ROOT …")
+    size = asked.data.image_size or image_size(asked.teachers, checkpoints)
+    data = asked.data.model_copy(update={"source": source, "image_size": size})
+    splits = open_splits(data)
+    speak.print(describe_splits(splits))
+    for note in splits.notes:
+        speak.print(f"note: {note}")
+    require_same_classes(checkpoints, splits)
+
+    opened = tuple(
+        open_teacher(section, checkpoint, number, splits.image_shape, partial(sample_of, splits))
+        for number, (section, checkpoint) in enumerate(zip(asked.teachers, checkpoints, strict=True), start=1)
+    )
+    device = choose_device(asked.train.device)
+    for one in opened:
+        one.teacher.to(device)
+    exams = tuple(examine(one.teacher, splits) for one in opened)
+    notes: list[str] = []
+    seen: bool | None = None
+    because = ""
+    if opened:
+        speak.print(exam_table(opened, exams))
+        notes += [
+            f"{one.teacher.name} answers at chance ({exam.val.top1:.1%} on val): other classes or normalisation?"
+            for one, exam in zip(opened, exams, strict=True)
+            if at_chance(exam.val, len(splits.classes))
+        ]
+        seen, because = saw_val(exams)
+        answer = {True: "yes", False: "no", None: "not known"}[seen]
+        notes.append(f"teachers saw val: {answer} ({because})")
+
+    student, decision, copied = build_student(asked, splits, opened, offline=offline)
+    speak.print(f"student: {asked.student.arch}, {student.num_params:,} parameters · {decision.why}")
+    if copied is not None:
+        speak.print(f"         {copied.copied_parameters:.0%} of its parameters copied")
+    shapes = NetworkShapes(
+        len(splits.classes),
+        student.feature_shapes,
+        tuple(one.teacher.feature_shapes for one in opened),
+    )
+    heads = [one.teacher.head for one in opened] if needs.teacher_heads else []
+    method = method_class(shapes, [head for head in heads if head is not None], **options)
+    if needs.heldout and splits.holdout is None:
+        notes.append(f"no --holdout: {asked.method.name} learns no weights for the teachers and averages them")
+    for note in notes:
+        speak.print(f"note: {note}")
+
+    recipe = asked.model_copy(
+        update={
+            "data": data,
+            "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
+        }
+    )
+    facts = RunFacts(
+        teachers=tuple(describe_teacher(one, exam) for one, exam in zip(opened, exams, strict=True)),
+        teachers_saw_val=seen if opened else False,
+        teachers_saw_val_because=because,
+        student_saw_val={"teacher": seen, "random": False}.get(decision.kind),
+        init={"kind": decision.kind, "why": decision.why, "licence": decision.licence}
+        | ({"copied_parameters": copied.copied_parameters} if copied else {}),
+        data_digest=splits.digest,
+        notes=tuple(notes),
+    )
+    return Parts(recipe, splits, opened, student, decision, method, build_loader(recipe, splits), facts)
+
+
+def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
+    """The training images in the views of the recipe."""
+    data, train_ = recipe.data, recipe.train
+    views = build_views(
+        data.views,
+        image_shape=splits.image_shape,
+        padding=data.padding,
+        mixup_alpha=data.mixup_alpha,
+        num_images=len(splits.train),
+        view_seed=data.view_seed,
+    )
+    return TrainLoader(
+        splits.train,
+        views,
+        num_classes=len(splits.classes),
+        batch_size=train_.batch_size,
+        seed=recipe.seed,
+        label_smoothing=train_.label_smoothing,
+        workers=data.workers,
+    )
+
+
+def build_student(
+    recipe: Recipe, splits: Splits, teachers: Sequence[OpenedTeacher], *, offline: bool
+) -> tuple[Student, InitDecision, InitReport | None]:
+    """The student with its first weights, and the normalisation that belongs to them."""
+    section = recipe.student
+    assert section.arch is not None
+    channels, height, _ = splits.image_shape
+    torch.manual_seed(recipe.seed)
+    network = build_network(
+        section.arch, num_classes=len(splits.classes), in_channels=channels, image_size=height, **section.args
+    )
+    networks = [one.teacher.network for one in teachers]
+    decision = resolve_init(section.init, section.arch, network, networks, offline=offline)
+    report = None
+    if decision.kind != "random":
+        report = initialise(
+            network,
+            decision,
+            arch=section.arch,
+            arch_args=section.args,
+            num_classes=len(splits.classes),
+            in_channels=channels,
+            teachers=networks,
+            blocks=section.init_blocks,
+        )
+    mean, std = normalisation(decision, section.arch, splits, teachers)
+    student = Student(
+        network,
+        Preprocess(*splits.image_shape, mean, std),
+        arch=section.arch,
+        arch_args=section.args,
+        num_classes=len(splits.classes),
+        in_channels=channels,
+        stages=section.stages,
+    )
+    return student, decision, report
+
+
+def normalisation(
+    decision: InitDecision, arch: str, splits: Splits, teachers: Sequence[OpenedTeacher]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and standard deviation that the student's first weights were made for, else those of the images."""
+    channels = splits.image_shape[0]
+    if decision.kind == "teacher":
+        assert decision.teacher is not None
+        preprocess = teachers[decision.teacher].teacher.preprocess
+        return preprocess.mean, preprocess.std
+    if decision.kind == "file":
+        assert decision.path is not None
+        stated = load_checkpoint(decision.path).preprocess
+        if stated is not None:
+            return stated.mean, stated.std
+    if decision.kind == "pretrained":
+        published = published_weights(arch)
+        if published is not None and len(published.mean) == channels:
+            return published.mean, published.std
+    sample = splits.train.take(STATISTICS_IMAGES)
+    pixels = unit_interval(sample.images.load(sample.ids)).double()
+    mean = pixels.mean((0, 2, 3))
+    std = pixels.std((0, 2, 3)).clamp(min=1e-3)
+    return tuple(round(float(m), 4) for m in mean), tuple(round(float(s), 4) for s in std)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, or else the CPU.
+
+    Raises:
+        RecipeError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(
+            f"no device {name!r} here: {reason}", where="train.device", fix="auto, cpu or cuda"
+        ) from error
+    return device
