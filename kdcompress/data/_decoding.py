@@ -173,17 +173,17 @@ def _png_bytes(data: bytes, order: Literal["16B", "16L"]) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _pixels(data: bytes | Image.Image, least: int = 0) -> np.ndarray:
+def _pixels(data: bytes | Image.Image, image: Image.Image, least: int = 0) -> np.ndarray:
     """An image as it is in its file, upright: [channels, height, width], uint8, or int32 holding 16-bit values.
 
     Args:
         data: the file or the image.
+        image: the same, opened.
         least: where a JPEG is more than twice this size on both sides, decode it at 1/2, 1/4 or 1/8.
     """
     if _is_16_bit_colour_png(data):
         array: np.ndarray = _png_bytes(data, "16B").astype(np.int32) * 256 + _png_bytes(data, "16L")
         return array
-    image = _open(data)
     if least:
         image.draft(None, (2 * least, 2 * least))
     image.load()
@@ -248,24 +248,21 @@ def digest_of(reader: Reader, index: int) -> int:
     format. Of a larger one it is its file's, so it is the same whatever size the image is decoded at.
     """
     with _naming(reader, index):
-        ends = reader.ends(index)
-        if isinstance(ends, Ends):
-            shape = probe(reader, index)
-            return file_digest(ends) if _is_large(shape) else pixel_digest(_pixels(reader.read(index)))
-        return pixel_digest(_pixels(ends))
-
-
-def _is_large(shape: PixelFormat) -> bool:
-    return shape.height * shape.width > _SMALL_PIXELS
+        shape = probe(reader, index)
+        if shape.height * shape.width > _SMALL_PIXELS and isinstance(ends := reader.ends(index), Ends):
+            return file_digest(ends)
+        data = reader.read(index)
+        return pixel_digest(_pixels(data, _open(data)))
 
 
 def decode(reader: Reader, index: int, wanted: PixelFormat) -> tuple[np.ndarray, int]:
     """One image in the wanted format, and its digest as `digest_of` gives it."""
     with _naming(reader, index):
         data = reader.read(index)
-        if isinstance(data, bytes) and _is_large(_format_of(data)):
-            return conform(_pixels(data, max(wanted.height, wanted.width)), wanted), file_digest(ends_of(data))
-        pixels = _pixels(data)
+        image = _open(data)
+        if isinstance(data, bytes) and image.width * image.height > _SMALL_PIXELS:
+            return conform(_pixels(data, image, max(wanted.height, wanted.width)), wanted), file_digest(ends_of(data))
+        pixels = _pixels(data, image)
         return conform(pixels, wanted), pixel_digest(pixels)
 
 

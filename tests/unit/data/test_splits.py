@@ -335,19 +335,37 @@ def test_a_holdout_of_other_classes_names_both_differences(folder: Path, tmp_pat
         load_splits(str(folder), unlabeled=empty)
 
 
+def sample_of(archive: Path, out: Path, step: int) -> Path:
+    """Every step-th member of a zip, as a zip."""
+    with zipfile.ZipFile(archive) as whole:
+        return write_zip(out, {name: whole.read(name) for name in sorted(whole.namelist())[::step]})
+
+
 @pytest.mark.shared
-def test_cifar10(shared_data: Path) -> None:
+def test_some_of_cifar10(shared_data: Path, tmp_path: Path) -> None:
+    splits = load_splits(str(sample_of(shared_data / "cifar10.zip", tmp_path / "some.zip", step=50)))
+    assert splits.image_shape == (3, 32, 32)
+    assert len(splits.train) + len(splits.val) == 1000
+    assert torch.bincount(splits.test.labels).tolist() == [20] * 10
+    images = splits.train.images.load(torch.arange(1000)).double() / 255
+    assert torch.allclose(images.mean((0, 2, 3)), torch.tensor([0.491, 0.482, 0.447]).double(), atol=0.02)
+    assert splits.notes == ()
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_all_of_cifar10(shared_data: Path) -> None:
     splits = load_splits(str(shared_data / "cifar10.zip"))
     assert isinstance(splits.train.images, MemorySet)
-    assert splits.image_shape == (3, 32, 32)
     assert torch.bincount(splits.train.labels).tolist() == [4500] * 10
     assert torch.bincount(splits.val.labels).tolist() == [500] * 10
     assert torch.bincount(splits.test.labels).tolist() == [1000] * 10
     assert splits.notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_cifar100_has_ten_copies_across_train_and_test(shared_data: Path) -> None:
-    splits = load_splits(str(shared_data / "cifar100.zip"), val_fraction=0.01)
+    splits = load_splits(str(shared_data / "cifar100.zip"))
     trained, tested = (set(split.images.image_digests().tolist()) for split in (splits.train, splits.test))
     assert len(trained & tested) == 10
