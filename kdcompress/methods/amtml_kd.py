@@ -16,7 +16,7 @@ Loss
 
     variant: repaired (default). Gate: `heldout-gate`, refitted on held-out images and uniform where that is best.
     Hints: 1 - cosine, a tenth of the gradient, faded to 0 at half time. Angles: a tenth of the gradient. Soft targets:
-    weight 1, T = 4. Labels: 0.1.
+    weight 1, T = 4. Labels: weight 1.
     variant: paper. Gate: `latent-factors`, w = softmax_t(Wᵀ(β ∘ θ_t)), learned from the KL along with the student, β
     not detached. Hints: squared error, the student's map normalised before its regressor and the teacher's before it is
     compared. Coefficients as published: T = 5, soft targets 2·0.7, labels 0.3, angles 1, hints 1; but regulariser 1e-4,
@@ -62,7 +62,7 @@ DEFAULTS: Mapping[Variant, Mapping[str, float | bool]] = {
     "repaired": {
         "temperature": 4.0,
         "soft_target_weight": 1.0,
-        "label_weight": 0.1,
+        "label_weight": 1.0,
         "angle_share": 0.1,
         "hint_share": 0.1,
         "hint_until": 0.5,
@@ -89,7 +89,7 @@ class AMTMLKD(Method):
         variant: "repaired" or "paper"; see the card at the top of this file.
         temperature: T of the soft targets and of the angles. 4; paper 5.
         soft_target_weight: 1; paper 2·0.7.
-        label_weight: 0.1; paper 0.3.
+        label_weight: 1; paper 0.3.
         angle_share: repaired only, 0.1.
         hint_share: repaired only, 0.1 at the start.
         hint_until: repaired only, the progress at which the hints have faded out, 0.5.

@@ -27,6 +27,8 @@ from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Step, Term
 from kdcompress.weightings.base import teachers_of
 from kdcompress.weightings.uniform import Uniform
 
+LABEL_WEIGHT = 1.0
+
 
 class AverageKD(Method):
     """KL to the averaged soft target.
@@ -46,7 +48,7 @@ class AverageKD(Method):
         heads: Sequence[Head] = (),
         *,
         temperature: Annotated[float, Field(gt=0)] = 4.0,
-        label_weight: Annotated[float, Field(ge=0)] = 0.1,
+        label_weight: Annotated[float, Field(ge=0)] = LABEL_WEIGHT,
     ) -> None:
         super().__init__(shapes, heads)
         self.weighting = Uniform(shapes)
@@ -56,7 +58,7 @@ class AverageKD(Method):
     @classmethod
     def needs(cls, **options: Any) -> Needs:
         """Teachers; labels only while `label_weight` is not 0."""
-        return Needs(labels="soft" if options.get("label_weight", 0.1) else "none")
+        return Needs(labels="soft" if options.get("label_weight", LABEL_WEIGHT) else "none")
 
     def forward(self, step: Step) -> LossTerms:
         """The terms `soft_targets` and `labels`."""

@@ -131,7 +131,7 @@ def test_every_term_against_the_equations(variant: str, options: dict[str, objec
     [
         (
             "repaired",
-            {"soft_targets": 1.0, "labels": 0.1, "angles": Share(0.1), "hints": Share(0.1)},
+            {"soft_targets": 1.0, "labels": 1.0, "angles": Share(0.1), "hints": Share(0.1)},
         ),
         (
             "paper",
