@@ -100,8 +100,14 @@ class Balancer:
         self._norms: dict[str, Tensor] = {}
 
     def due(self, step: int, weights: Mapping[str, float | Share]) -> bool:
-        """Whether to measure at this step: by the calendar, or because a term acts that was never measured."""
-        return step % EVERY == 0 or step in EARLY or any(name not in self._norms for name in _acting(weights))
+        """Whether to measure at this step: by the calendar, or because a term acts that was never measured.
+
+        A term that acts alone has nothing to be compared with.
+        """
+        acting = _acting(weights)
+        if len(acting) < 2:
+            return False
+        return step % EVERY == 0 or step in EARLY or any(name not in self._norms for name in acting)
 
     def measure(self, terms: Mapping[str, Term], scale: Tensor) -> None:
         """Measures every term whose weight is not 0 and takes it into the smoothed norm.
@@ -125,8 +131,11 @@ class Balancer:
         return find_factors(self._norms, weights)
 
     def shares(self, weights: Mapping[str, float | Share]) -> dict[str, Tensor]:
-        """The part of the whole that each acting term has under these weights, see `felt_shares`."""
-        return felt_shares({name: self._norms[name] for name in _acting(weights)}, self.factors(weights))
+        """The part of the whole that each term has under these weights, see `felt_shares`; none if one acts alone."""
+        acting = _acting(weights)
+        if len(acting) < 2:
+            return {}
+        return felt_shares({name: self._norms[name] for name in acting}, self.factors(weights))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The smoothed norms by term."""

@@ -78,12 +78,22 @@ def test_factors_give_back_the_shares(norms: list[float], asked: list[float]) ->
 
 def test_a_share_of_zero_and_a_weight_of_zero_act_not_and_are_not_measured() -> None:
     layer, inputs = network()
-    weights: dict[str, float | Share] = {"kl": 1.0, "labels": 0.0, "hint": Share(0.0)}
+    weights: dict[str, float | Share] = {"kl": 1.0, "angle": 1.0, "labels": 0.0, "hint": Share(0.0)}
     balancer = Balancer(layer.parameters())
     balancer.measure(terms_of(layer, inputs, weights), ONE)
-    assert balancer.factors(weights) == {"kl": 1.0, "labels": 0.0, "hint": 0.0}
-    assert list(balancer.shares(weights)) == ["kl"]
-    assert float(balancer.shares(weights)["kl"]) == 1
+    assert balancer.factors(weights) == weights | {"hint": 0.0}
+    shares = balancer.shares(weights)
+    assert list(shares) == ["kl", "angle"]
+    assert float(shares["kl"] + shares["angle"]) == pytest.approx(1)
+
+
+def test_a_term_that_acts_alone_is_not_measured() -> None:
+    layer, _ = network()
+    balancer = Balancer(layer.parameters())
+    weights: dict[str, float | Share] = {"kl": 2.0, "labels": 0.0, "hint": Share(0.0)}
+    assert not balancer.due(0, weights)
+    assert balancer.factors(weights) == {"kl": 2.0, "labels": 0.0, "hint": 0.0}
+    assert balancer.shares(weights) == {}
 
 
 @pytest.mark.parametrize("name", ["apart", "constant"])
@@ -131,12 +141,13 @@ def test_the_scale_of_mixed_precision_cancels() -> None:
 def test_the_calendar_and_new_terms() -> None:
     layer, inputs = network()
     balancer = Balancer(layer.parameters())
-    assert balancer.due(7, {"kl": 1.0})
-    balancer.measure(terms_of(layer, inputs, {"kl": 1.0}), ONE)
-    due = [step for step in range(301) if balancer.due(step, {"kl": 1.0})]
+    weights: dict[str, float | Share] = {"kl": 1.0, "labels": 1.0}
+    assert balancer.due(7, weights)
+    balancer.measure(terms_of(layer, inputs, weights), ONE)
+    due = [step for step in range(301) if balancer.due(step, weights)]
     assert due == [0, 10, 30, 100, 200, 300]
-    assert not balancer.due(7, {"kl": 1.0, "hint": Share(0.0)})
-    assert balancer.due(7, {"kl": 1.0, "hint": Share(0.1)})
+    assert not balancer.due(7, {**weights, "hint": Share(0.0)})
+    assert balancer.due(7, {**weights, "hint": Share(0.1)})
 
 
 def test_shares_that_leave_nothing_are_refused() -> None:
