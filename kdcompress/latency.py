@@ -12,6 +12,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,10 +151,12 @@ def _in_new_process(openers: dict[str, Opener], plan: Plan) -> dict[str, Timing]
     except EOFError:
         process.join()
         raise RunError(f"the process that measures latency ended with exit code {process.exitcode}") from None
+    except BaseException:
+        process.kill()
+        raise
     finally:
-        if process.is_alive():
-            process.join(timeout=5)
-            process.kill()
+        process.join(timeout=10)
+        process.kill()
         process.join()
     if isinstance(answer, tuple):
         what, where, fix = answer
@@ -177,6 +180,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _child(sender: Connection, openers: dict[str, Opener], plan: Plan) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     try:
         sender.send(time_models(openers, plan))
     except KdcompressError as error:
