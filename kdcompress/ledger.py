@@ -11,7 +11,9 @@ from torch import Tensor
 from kdcompress.errors import NonFiniteError
 
 LOSS = "loss"
-"""The last part of the name of a value that has to be finite."""
+"""`student/loss` names a value that has to be finite."""
+TERMS = "terms"
+"""`student/terms/name` names a part of it."""
 
 
 class Means:
@@ -82,7 +84,7 @@ class Ledger:
             self.epoch.add(values)
 
     def describe_last(self) -> str:
-        """The values of the last settled step, as `name value, name value`."""
+        """Losses and terms of the last settled step, as `name value, name value`."""
         return _listing(self._last)
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,7 +102,14 @@ def _is_loss(name: str) -> bool:
 
 
 def _listing(values: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):.6g}" for name, value in values.items() if value.numel() == 1)
+    """`loss 1.2, kl 1.1`: losses and terms only, with the student's number where there are several."""
+    names = [name.split("/") for name in values]
+    several = len({name[0] for name in names}) > 1
+    return ", ".join(
+        f"{f'student {student} ' if several else ''}{rest[-1]} {float(values['/'.join([student, *rest])]):.4g}"
+        for student, *rest in names
+        if rest[0] in (LOSS, TERMS)
+    )
 
 
 def _not_finite(step: int, values: Mapping[str, Tensor], last: Mapping[str, Tensor]) -> NonFiniteError:

@@ -41,9 +41,15 @@ def test_the_first_bad_step_is_named_with_the_last_finite_terms() -> None:
     ledger.note(7, values(float("nan"), float("nan")))
     with pytest.raises(NonFiniteError) as caught:
         ledger.settle()
-    assert "step 6" in caught.value.what
-    assert "0/terms/kl inf" in caught.value.what
-    assert "0/loss 2.5, 0/terms/kl 0.75" in caught.value.where
+    assert caught.value.what == "the loss is not finite at step 6: loss nan, kl inf"
+    assert caught.value.where == "one step earlier: loss 2.5, kl 0.75"
+
+
+def test_students_are_told_apart_where_there_are_several() -> None:
+    ledger = Ledger()
+    ledger.note(0, {f"{index}/{name}": torch.tensor(1.5 + index) for index in (0, 1) for name in ("loss", "terms/kl")})
+    ledger.settle()
+    assert ledger.describe_last() == "student 0 loss 1.5, student 0 kl 1.5, student 1 loss 2.5, student 1 kl 2.5"
 
 
 def test_only_losses_have_to_be_finite() -> None:
