@@ -8,13 +8,14 @@ the trunk at one resolution; it ends at its last call.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from kdcompress.errors import InputError, ShapeError, unknown_name
 from kdcompress.types import FeatureShape, Head
@@ -123,90 +124,110 @@ class Tapped(nn.Module):
 
 
 def split_head(network: nn.Module, last_stage_path: str, image_shape: FeatureShape) -> Head | None:
-    """What follows the last stage, as a function of its feature map; it shares the network's weights.
+    """What follows the last stage, as a function of its feature map; it shares the network's modules.
 
-    The network is traced symbolically in eval mode, cut behind the module at `last_stage_path`, and the part behind
-    is compared with the whole on random images. It is no `nn.Module`, so that whatever keeps it does not take the
-    weights for its own.
+    The modules called behind the stage are called again in the same order. Between two of them the map is averaged or
+    flattened where the next one's input asks for it, as networks do outside their modules; a ReLU behind the stage is
+    tried as well. The outcome is compared with the whole network on random images. It is no `nn.Module`, so that
+    whatever keeps it does not take the weights for its own.
+
+    Args:
+        network: bare; it is run in eval mode, and left in the mode it was in.
+        last_stage_path: the module that gives the map.
+        image_shape: channels, height, width of its images.
 
     Returns:
-        The head: `batch channels height width` -> logits; None where the network cannot be traced, or where its logits
-        depend on more than this map.
+        The head: `batch channels height width` -> logits `batch classes`; None where the logits depend on more than
+        this map, or on it in another way.
 
     Raises:
         ShapeError: the network does not take such images.
     """
-    images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    first = next(network.parameters(), None)
-    if first is not None:
-        images = images.to(first.device, first.dtype)
+    root = _record(network, image_shape)
+    later = _calls_behind(root, last_stage_path)
+    first = next(network.parameters(), torch.zeros(()))
+    images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(first)
     with eval_mode(network), torch.no_grad():
-        graph = _graph_behind(network, last_stage_path)
-        if graph is None:
-            return None
         logits, features = _run(Tapped(network, [last_stage_path]), images, image_shape)
-        try:
-            answer = graph(features["stage1"])
-        except Exception:  # whatever a wrongly cut graph may raise, it means the same
-            return None
-    if answer.shape != logits.shape or not torch.allclose(answer, logits, rtol=1e-4, atol=1e-5):
-        return None
-    return _SplitHead(graph)
+        for starts_with_relu in (False, True):
+            head = _replay(features["stage1"].shape, later, root.shape_out, starts_with_relu)
+            if head is not None and _agree(head(features["stage1"]), logits):
+                return head
+    return None
 
 
 @dataclass(frozen=True, eq=False)
-class _SplitHead:
-    graph: nn.Module
+class _Replay:
+    """Modules one after another, each with what is done to its input before."""
+
+    steps: tuple[tuple[Callable[[Tensor], Tensor], ...], ...]
 
     def __call__(self, feature_map: Tensor) -> Tensor:
-        logits: Tensor = self.graph(feature_map)
-        return logits
+        value = feature_map
+        for step in self.steps:
+            for function in step:
+                value = function(value)
+        return value
 
 
-class _CuttingTracer(fx.Tracer):
-    """Traces through everything but torch's own layers and the module to cut behind."""
-
-    def __init__(self, cut: str) -> None:
-        super().__init__()
-        self.cut = cut
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name == self.cut or super().is_leaf_module(m, module_qualified_name)
-
-
-def _graph_behind(network: nn.Module, path: str) -> fx.GraphModule | None:
-    try:
-        graph = _CuttingTracer(path).trace(network)
-    except Exception:  # a network's own code runs on proxies here; no list of errors is complete
-        return None
-    cuts = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
-    if len(cuts) != 1:
-        return None
-    with graph.inserting_before(next(iter(graph.nodes))):
-        feature = graph.placeholder("feature")
-    cuts[0].replace_all_uses_with(feature)
-    needed = _needed_by_output(graph)
-    for node in reversed(list(graph.nodes)):
-        if node not in needed and node is not feature:
-            if node.users:
-                return None
-            graph.erase_node(node)
-    if any(node.op == "placeholder" and node is not feature for node in graph.nodes):
-        return None
-    module = fx.GraphModule(network, graph)
-    module.train(network.training)
-    return module
+def _calls_behind(root: _Call, path: str) -> list[_Call]:
+    """The outermost calls made after the module at `path` was done, in order."""
+    line = [root]
+    while line[-1].path != path:
+        inner = next((child for child in line[-1].children if any(call.path == path for call in _walk(child))), None)
+        if inner is None:
+            raise InputError(f"the network never calls {path}", where="stages")
+        line.append(inner)
+    later: list[_Call] = []
+    for parent, child in zip(line[-2::-1], line[:0:-1], strict=True):
+        later += parent.children[[call is child for call in parent.children].index(True) + 1 :]
+    return later
 
 
-def _needed_by_output(graph: fx.Graph) -> set[fx.Node]:
-    needed: set[fx.Node] = set()
-    waiting = [node for node in graph.nodes if node.op == "output"]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting.extend(node.all_input_nodes)
-    return needed
+def _replay(
+    shape: Sequence[int], later: Sequence[_Call], logits: Sequence[int], starts_with_relu: bool
+) -> _Replay | None:
+    steps: list[tuple[Callable[[Tensor], Tensor], ...]] = [(torch.relu,)] if starts_with_relu else []
+    for call in later:
+        fit = _fit_between(shape, call.shape_in)
+        if fit is None:
+            return None
+        steps.append((fit, call.module))
+        shape = call.shape_out
+    fit = _fit_between(shape, logits)
+    return None if fit is None else _Replay((*steps, (fit,)))
+
+
+def _fit_between(found: Sequence[int], wanted: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
+    """What a network does between two modules whose shapes differ (batch aside): nothing, flatten or average."""
+    found, wanted = tuple(found[1:]), tuple(wanted[1:])
+    if found == wanted:
+        return _same
+    if wanted == (math.prod(found),):
+        return _flat
+    if len(found) == 3 and wanted in ((found[0],), (found[0], 1, 1)):
+        return _averaged if len(wanted) == 1 else _averaged_map
+    return None
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.flatten(1)
+
+
+def _averaged(value: Tensor) -> Tensor:
+    return value.mean((2, 3))
+
+
+def _averaged_map(value: Tensor) -> Tensor:
+    return value.mean((2, 3), keepdim=True)
+
+
+def _agree(answer: Tensor, logits: Tensor) -> bool:
+    return answer.shape == logits.shape and torch.allclose(answer, logits, rtol=1e-4, atol=1e-5)
 
 
 def _as_map(output: Any, path: str) -> Tensor:
@@ -364,15 +385,20 @@ def _can_end(call: _Call, times: Counter[str]) -> bool:
     return times[call.path] == 1 and not any(word in type(call.module).__name__ for word in _NOT_AN_END)
 
 
+def _parts(call: _Call) -> list[_Call]:
+    """What a sequence calls one after another; nothing for any other module."""
+    return call.children if isinstance(call.module, nn.Sequential) else []
+
+
 def _even_depths(group: list[_Call], times: Counter[str]) -> list[_Call]:
     """Four even depths of a network of one resolution, its longest sequences opened until there are four."""
     calls = [call for call in group if call.num_layers and _can_end(call, times)]
     while len(calls) < _EVEN_STAGES:
-        sequences = [call for call in calls if isinstance(call.module, nn.Sequential) and len(call.children) > 1]
+        sequences = [call for call in calls if sum(child.num_layers > 0 for child in _parts(call)) > 1]
         if not sequences:
             break
         longest = max(sequences, key=lambda call: call.num_layers)
-        inside = [call for call in longest.children if call.num_layers and _can_end(call, times)]
+        inside = [call for call in _parts(longest) if call.num_layers and _can_end(call, times)]
         position = calls.index(longest)
         calls[position : position + 1] = inside
     blocks = [call for call in calls if _holds_block(call)] or calls

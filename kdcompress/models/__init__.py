@@ -100,7 +100,7 @@ def _locate(name: str) -> tuple[str, str]:
     if bare in torchvision_zoo.list_names():
         return "torchvision", bare
     raise InputError(
-        unknown_name("network", name, list_networks()),
+        unknown_name("network", bare, list_networks()),
         where="--student, --arch or ARCH:PATH",
         fix="see `kdcompress ls models`, or use timm/NAME for one of timm's",
     )

@@ -1,12 +1,16 @@
 """The normalisation that a foreign checkpoint does not state, measured on labelled images.
 
 A teacher that knows its training images by heart is right on all of them under several wrong normalisations. So
-accuracy only rejects; among what is left the lowest negative log-likelihood decides.
+accuracy only rejects, and the lowest negative log-likelihood decides. With some hundred such images the likelihoods
+of a few candidates often differ by less than their noise. Among those, the first batch norm decides: it remembers
+mean and variance of what reached it in training, and only the right normalisation brings the images there again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,6 +26,10 @@ from kdcompress.types import Images, Labels
 _BATCH_SIZE = 128
 _REJECTED_BELOW_BEST = 0.05
 """How far below the best accuracy a candidate may lie, as a fraction of 1."""
+_NOISE = 4.0
+"""Mean differences of the likelihood below so many standard errors may be chance."""
+_CLEAR = 0.5
+"""The best match with batch norm's memory decides where it is below this share of the next."""
 
 
 class Normalisation(NamedTuple):
@@ -37,6 +45,8 @@ class CandidateScore(NamedTuple):
     name: str
     accuracy: float
     nll: float
+    mismatch: float | None = None
+    """Divergence in nats per channel of the first batch norm's input from what it remembers; None without one."""
 
 
 CANDIDATES: Mapping[str, Normalisation] = MappingProxyType(
@@ -63,7 +73,7 @@ class PreprocessingFit:
         name: of the best candidate.
         mean: its mean, per channel.
         std: its standard deviation, per channel.
-        rows: all candidates, best first: first those not rejected, by NLL, then the rejected ones.
+        rows: all candidates, the one decided upon first, then those not rejected, by NLL, then the rejected ones.
         at_chance: whether even the best is no better than guessing (within three standard errors).
         accuracy_if_reordered: accuracy of the best if its classes were renamed to fit these labels as well as they
             can; far above its accuracy where the file's classes stand in another order.
@@ -106,12 +116,21 @@ def measure_preprocessing(
     if not usable:
         raise ShapeError(f"no candidate normalisation has {channels} channels", fix="state mean and std")
     logits = {name: _logits(network, images, value) for name, value in usable.items()}
+    labels = labels.cpu()
     num_classes = next(iter(logits.values())).shape[1]
     if int(labels.max()) >= num_classes:
         raise ShapeError(f"the images have label {int(labels.max())}, the network {num_classes} classes")
-    scores = [_score(name, answer, labels.cpu()) for name, answer in logits.items()]
-    threshold = max(score.accuracy for score in scores) - _REJECTED_BELOW_BEST
-    rows = tuple(sorted(scores, key=lambda score: (score.accuracy < threshold, score.nll)))
+    losses = {name: F.cross_entropy(answer.double(), labels, reduction="none") for name, answer in logits.items()}
+    scores = [
+        CandidateScore(
+            name,
+            accuracy=(answer.argmax(1) == labels).double().mean().item(),
+            nll=losses[name].mean().item(),
+            mismatch=_mismatch(network, images, usable[name]),
+        )
+        for name, answer in logits.items()
+    ]
+    rows = _ranked(scores, losses)
     best = rows[0]
     chance = 1 / num_classes
     deviation = (chance * (1 - chance) / len(labels)) ** 0.5
@@ -121,8 +140,84 @@ def measure_preprocessing(
         std=usable[best.name].std,
         rows=rows,
         at_chance=best.accuracy <= chance + 3 * deviation,
-        accuracy_if_reordered=_reordered_accuracy(logits[best.name], labels.cpu()),
+        accuracy_if_reordered=_reordered_accuracy(logits[best.name], labels),
     )
+
+
+def _ranked(scores: Sequence[CandidateScore], losses: Mapping[str, Tensor]) -> tuple[CandidateScore, ...]:
+    """Best first: those not rejected by NLL, but for the one that batch norm's memory picks among the undecided."""
+    threshold = max(score.accuracy for score in scores) - _REJECTED_BELOW_BEST
+    rows = sorted(scores, key=lambda score: (score.accuracy < threshold, score.nll))
+    undecided = [
+        row
+        for row in rows
+        if row.accuracy >= threshold and _standard_errors(losses[row.name] - losses[rows[0].name]) < _NOISE
+    ]
+    remembered = sorted((row.mismatch, row) for row in undecided if row.mismatch is not None)
+    if len(remembered) > 1 and remembered[0][0] < _CLEAR * remembered[1][0]:
+        rows.remove(remembered[0][1])
+        rows.insert(0, remembered[0][1])
+    return tuple(rows)
+
+
+def _standard_errors(differences: Tensor) -> float:
+    """A mean in units of its standard error."""
+    mean, error = differences.mean().item(), (differences.std() / len(differences) ** 0.5).item()
+    return mean / error if error > 0 else 0.0
+
+
+def _mismatch(network: nn.Module, images: Tensor, value: Normalisation) -> float | None:
+    """How far the first batch norm's input is from what it remembers: mean over channels of the divergence between
+    two normal distributions. Images as they are and randomly shifted into black borders (an eighth of their size, as
+    training scripts do) are tried; the nearer one counts.
+    """
+    norm = next((module for module in network.modules() if isinstance(module, nn.BatchNorm2d)), None)
+    if norm is None or norm.running_mean is None or norm.running_var is None:
+        return None
+    found: list[float] = []
+    for view in (images, _shifted(images)):
+        inputs = _inputs_of(norm, network, view, value)
+        if inputs is None:
+            return None
+        mean, var = inputs.mean((0, 2, 3)), inputs.var((0, 2, 3))
+        ratio = var / norm.running_var.cpu().double()
+        offset = (mean - norm.running_mean.cpu().double()).square() / norm.running_var.cpu().double()
+        found.append(0.5 * (ratio + offset - 1 - ratio.log()).mean().item())
+    return min(found) if all(map(math.isfinite, found)) else None
+
+
+def _shifted(images: Tensor) -> Tensor:
+    """Each image moved by another offset, up to an eighth of its size, into black borders."""
+    height, width = images.shape[-2:]
+    border = max(1, round(min(height, width) / 8))
+    padded = F.pad(images, (border,) * 4)
+    span = 2 * border + 1
+    places = [(number // span % span, number % span) for number in range(len(images))]
+    moved = [image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, places, strict=True)]
+    return torch.stack(moved)
+
+
+class _Reached(Exception):  # noqa: N818 — no error: the pass has gone far enough
+    pass
+
+
+def _inputs_of(module: nn.Module, network: nn.Module, images: Tensor, value: Normalisation) -> Tensor | None:
+    """What reaches a module, in float64; the pass ends there. None where nothing does."""
+    seen: list[Tensor] = []
+
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].double().cpu())
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        with eval_mode(network), torch.no_grad():
+            for part in _normalised_parts(network, images, value):
+                with contextlib.suppress(_Reached):
+                    network(part)
+    finally:
+        handle.remove()
+    return torch.cat(seen) if seen else None
 
 
 def _for_channels(value: Normalisation, channels: int) -> Normalisation | None:
@@ -134,18 +229,15 @@ def _for_channels(value: Normalisation, channels: int) -> Normalisation | None:
 
 
 def _logits(network: nn.Module, images: Tensor, value: Normalisation) -> Tensor:
+    with eval_mode(network), torch.no_grad():
+        return torch.cat([network(part).float().cpu() for part in _normalised_parts(network, images, value)])
+
+
+def _normalised_parts(network: nn.Module, images: Tensor, value: Normalisation) -> Iterator[Tensor]:
     device = next((parameter.device for parameter in network.parameters()), images.device)
     mean, std = (torch.tensor(part, device=device)[:, None, None] for part in value)
-    with eval_mode(network), torch.no_grad():
-        parts = torch.split(images, _BATCH_SIZE)
-        batches = [network((part.to(device) - mean) / std).float().cpu() for part in parts]
-    return torch.cat(batches)
-
-
-def _score(name: str, logits: Tensor, labels: Tensor) -> CandidateScore:
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
-    nll = F.cross_entropy(logits.double(), labels).item()
-    return CandidateScore(name, accuracy, nll)
+    for part in torch.split(images, _BATCH_SIZE):
+        yield (part.to(device) - mean) / std
 
 
 def _reordered_accuracy(logits: Tensor, labels: Tensor) -> float:

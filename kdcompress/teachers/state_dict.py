@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from kdcompress.errors import CheckpointError
@@ -48,7 +49,7 @@ def parse(content: object, path: Path) -> FileContent:
         format="state dict",
         state_dict=as_float32(strip_prefixes(state_dict)),
         classes=_class_names(around),
-        metadata={str(key): value for key, value in around.items() if isinstance(value, str | int | float | bool)},
+        metadata={str(key): plain for key, value in around.items() if (plain := _plain(value)) is not None},
     )
 
 
@@ -79,6 +80,13 @@ def _find_weights(content: object, depth: int = 0) -> dict[str, Tensor] | None:
         return tensors
     inner = [found for value in content.values() if (found := _find_weights(value, depth + 1)) is not None]
     return inner[0] if len(inner) == 1 else None
+
+
+def _plain(value: Any) -> str | int | float | None:
+    """A value that JSON can hold; None for all else."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, str | int | float) else None
 
 
 def _class_names(around: Mapping[Any, Any]) -> tuple[str, ...] | None:
