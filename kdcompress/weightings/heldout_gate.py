@@ -20,7 +20,8 @@ Cost
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -233,7 +234,7 @@ def fit_coefficients(
     coefficients = (inputs.new_zeros(shape) if start is None else start.clone()).requires_grad_()
     share = members / members.sum(1, keepdim=True)
     optimizer = torch.optim.LBFGS(
-        [coefficients], max_iter=100, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [coefficients], max_iter=50, tolerance_grad=1e-4, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
 
     def objective() -> Tensor:
@@ -243,9 +244,20 @@ def fit_coefficients(
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    with torch.enable_grad():
+    with torch.enable_grad(), one_thread():
         optimizer.step(objective)  # type: ignore[no-untyped-call]
     return coefficients.detach()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Many tiny operations: handing them out to threads costs more than it saves, on a busy machine a hundred times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _cross_fit(inputs: Tensor, log_right: Tensor, held: Tensor) -> tuple[Tensor, float]:

@@ -186,8 +186,9 @@ def test_the_fit_is_the_minimum_that_scipy_finds() -> None:
 
     expected = minimize(objective, np.zeros(12), tol=1e-12)
     found = fit_coefficients(torch.tensor(X), torch.tensor(log_p), torch.ones(1, 60).double(), 0.1)[0]
-    assert objective(found.numpy().ravel()) == pytest.approx(expected.fun, abs=1e-9)
-    np.testing.assert_allclose(found.numpy().ravel(), expected.x, atol=1e-4)
+    # A gradient of at most 1e-4 and a curvature of at least λ = 0.1 leave 1e-3 in each coefficient, 1e-7 in the value.
+    assert objective(found.numpy().ravel()) == pytest.approx(expected.fun, abs=1e-7)
+    np.testing.assert_allclose(found.numpy().ravel(), expected.x, atol=1e-3)
 
 
 def test_folds_do_not_see_their_own_images() -> None:
@@ -199,7 +200,7 @@ def test_folds_do_not_see_their_own_images() -> None:
     for fold, mask in enumerate(held):
         rows = mask == 0
         alone = fit_coefficients(X[rows], log_p[rows], torch.ones(1, int(rows.sum())).double(), 0.1)[0]
-        torch.testing.assert_close(together[fold], alone, atol=1e-4, rtol=0)
+        torch.testing.assert_close(together[fold], alone, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("labels", [torch.arange(100) % 10, torch.arange(100) // 10])
