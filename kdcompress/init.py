@@ -195,7 +195,8 @@ def init_from_teacher(
 ) -> InitReport:
     """Copies a teacher's weights where names and shapes agree, blocks of a deeper teacher as `blocks` chooses.
 
-    A layer is copied with all its tensors or not at all, a norm only behind a layer that was copied.
+    A layer is copied with all its tensors or not at all; a norm, and the layer that makes the logits, only behind a
+    layer that was copied.
 
     Args:
         student: bare network, changed in place.
@@ -261,9 +262,10 @@ def _plan(student: nn.Module, teacher: nn.Module, blocks: Blocks, *, copy_head: 
     previous = False
     for layer, names in layers.items():
         fits = all(name in partners and theirs[partners[name]].shape == own[name].shape for name in names)
-        if max(own[name].ndim for name in names) > 1:
+        is_head = layer == _head(own)
+        if max(own[name].ndim for name in names) > 1 and not is_head:
             previous = fits
-        if fits and previous and (copy_head or layer != _head(own)):
+        if fits and previous and (copy_head or not is_head):
             pairs |= {name: partners[name] for name in names}
     return _Plan(pairs, stacks, len(pairs) / max(1, len(own)))
 

@@ -94,6 +94,7 @@ class Teacher(nn.Module):
         self.checkpoint: LoadedCheckpoint | None = None
         self.preprocessing_fit: PreprocessingFit | None = None
         self.num_classes, self.feature_shapes = _shapes(self.tapped, preprocess)
+        self.eval()
 
     @classmethod
     def load(
@@ -201,11 +202,16 @@ class TeacherEnsemble(nn.Module):
             _check_same_classes(teachers[0], other)
         self.members = nn.ModuleList(teachers)
         self.num_classes = teachers[0].num_classes
+        self.eval()
 
     @property
     def teachers(self) -> tuple[Teacher, ...]:
         """The teachers, in the order given."""
         return tuple(member for member in self.members if isinstance(member, Teacher))
+
+    def train(self, mode: bool = True) -> TeacherEnsemble:
+        """Keeps eval mode, whatever is asked."""
+        return super().train(False)
 
     def forward(self, images: Images) -> EnsembleOutputs:
         """What each teacher says of images in [0, 1]: logits `batch teachers classes`, and feature maps."""
@@ -312,7 +318,7 @@ class Student(nn.Module):
 
     def deployable(self) -> Deployable:
         """A frozen fp32 copy in eval mode: images in [0, 1] of its own size -> logits, normalisation inside."""
-        network = copy.deepcopy(self.network)
+        network = copy.deepcopy(self.tapped).release()
         for parameter in network.parameters():
             parameter.grad = None
         shipped = Deployable(network, self.preprocess).to(next(self.normalise.buffers()).device)

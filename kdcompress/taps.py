@@ -40,9 +40,9 @@ class _Call:
 def find_stages(network: nn.Module, image_shape: FeatureShape) -> tuple[str, ...]:
     """The module paths at which the stages of a convolutional network end, in order.
 
-    A stage ends where the resolution is about to drop, or at the classifier. Where the network is built of blocks,
-    what comes before the first one (the stem) is no stage. Where the resolution never drops, four even depths are
-    taken. A network whose layers mostly do not work on maps (a vision transformer) has none.
+    A stage ends where the resolution is about to drop, or at the classifier. Where the network is mostly built of
+    blocks, what comes before the first one (the stem) is no stage. Where the resolution never drops, four even depths
+    are taken. A network whose layers mostly do not work on maps (a vision transformer) has none.
 
     Args:
         network: bare; it is run once in eval mode, and left in the mode it was in.
@@ -57,9 +57,9 @@ def find_stages(network: nn.Module, image_shape: FeatureShape) -> tuple[str, ...
     if 2 * sum(call.num_layers for call in trunk) < root.num_layers:
         return ()
     groups = [group for group in _by_resolution(trunk) if any(call.num_layers for call in group)]
-    has_block = [any(_holds_block(call) for call in group) for group in groups]
-    if any(has_block):
-        groups = groups[has_block.index(True) :]
+    first_block = next((n for n, group in enumerate(groups) if any(map(_holds_block, group))), 0)
+    if 2 * _num_layers(groups[:first_block]) < _num_layers(groups):
+        groups = groups[first_block:]
     times = Counter(call.path for call in _walk(root))
     if len(groups) == 1:
         ends = _even_depths(groups[0], times)
@@ -78,10 +78,22 @@ def find_classifier(network: nn.Module, image_shape: FeatureShape) -> str | None
     return None if call is None else call.path
 
 
+class _Tap:
+    """A forward hook that keeps what a module gives, while it is open. A class, so that copies keep for themselves."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.output: Any = None
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.is_open:
+            self.output = output
+
+
 class Tapped(nn.Module):
     """A network that also returns the feature maps of the modules at `paths`.
 
-    The hooks live only during a call, so that the network can be copied, saved and exported as it is.
+    The taps stay on the network until `release()`, but keep something only during a call of this wrapper.
 
     Args:
         network: bare.
@@ -99,6 +111,8 @@ class Tapped(nn.Module):
                 raise InputError(unknown_name("module path", path, filter(None, known)), where="stages")
         self.network = network
         self.paths = tuple(paths)
+        self._taps = [_Tap() for _ in paths]
+        self._handles = [known[path].register_forward_hook(tap) for path, tap in zip(paths, self._taps, strict=True)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `batch classes`, and maps `batch channels height width`; what is pooled already is 1 × 1.
@@ -106,21 +120,22 @@ class Tapped(nn.Module):
         Raises:
             ShapeError: a module at a tapped path gives no map.
         """
-        seen: dict[int, Any] = {}
-        handles = []
-        for index, path in enumerate(self.paths):
-
-            def keep(_module: nn.Module, _inputs: Any, output: Any, index: int = index) -> None:
-                seen[index] = output
-
-            handles.append(self.network.get_submodule(path).register_forward_hook(keep))
+        for tap in self._taps:
+            tap.is_open = True
         try:
             logits: Tensor = self.network(images)
+            outputs = [tap.output for tap in self._taps]
         finally:
-            for handle in handles:
-                handle.remove()
-        features = {f"stage{index + 1}": _as_map(seen.get(index), path) for index, path in enumerate(self.paths)}
-        return logits, features
+            for tap in self._taps:
+                tap.is_open, tap.output = False, None
+        pairs = zip(outputs, self.paths, strict=True)
+        return logits, {f"stage{index}": _as_map(output, path) for index, (output, path) in enumerate(pairs, 1)}
+
+    def release(self) -> nn.Module:
+        """Takes the taps off and gives the bare network back."""
+        for handle in self._handles:
+            handle.remove()
+        return self.network
 
 
 def split_head(network: nn.Module, last_stage_path: str, image_shape: FeatureShape) -> Head | None:
@@ -147,8 +162,10 @@ def split_head(network: nn.Module, last_stage_path: str, image_shape: FeatureSha
     later = _calls_behind(root, last_stage_path)
     first = next(network.parameters(), torch.zeros(()))
     images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(first)
+    tapped = Tapped(network, [last_stage_path])
     with eval_mode(network), torch.no_grad():
-        logits, features = _run(Tapped(network, [last_stage_path]), images, image_shape)
+        logits, features = _run(tapped, images, image_shape)
+        tapped.release()
         for starts_with_relu in (False, True):
             head = _replay(features["stage1"].shape, later, root.shape_out, starts_with_relu)
             if head is not None and _agree(head(features["stage1"]), logits):
@@ -366,6 +383,10 @@ def _holds_block(call: _Call) -> bool:
     if isinstance(call.module, nn.Sequential):
         return any(_holds_block(child) for child in call.children)
     return call.num_layers > 1
+
+
+def _num_layers(groups: Sequence[Sequence[_Call]]) -> int:
+    return sum(call.num_layers for group in groups for call in group)
 
 
 def _by_resolution(trunk: Sequence[_Call]) -> list[list[_Call]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -131,13 +132,30 @@ def test_unknown_path_suggests_the_nearest() -> None:
         Tapped(build_network("resnet8", num_classes=3), ["layer4"])
 
 
-def test_taps_leave_no_hooks_and_pass_gradients() -> None:
-    network = build_network("resnet8", num_classes=3)
-    _, features = Tapped(network, ["layer1"])(torch.rand(2, 3, 8, 8))
+def test_taps_pass_gradients_and_keep_nothing() -> None:
+    tapped = Tapped(build_network("resnet8", num_classes=3), ["layer1"])
+    _, features = tapped(torch.rand(2, 3, 8, 8))
     features["stage1"].sum().backward()
-    assert network.get_parameter("conv1.weight").grad is not None
-    assert network.get_parameter("linear.weight").grad is None
-    assert not any(module._forward_hooks for module in network.modules())
+    assert tapped.network.get_parameter("conv1.weight").grad is not None
+    assert tapped.network.get_parameter("linear.weight").grad is None
+    with torch.no_grad():
+        alive = weakref.ref(tapped(torch.rand(2, 3, 8, 8))[1]["stage1"])
+    assert alive() is None
+    tapped.network(torch.rand(2, 3, 8, 8))
+    with pytest.raises(RuntimeError):
+        tapped(torch.rand(2, 5, 8, 8))
+    assert all(tap.output is None and not tap.is_open for tap in tapped._taps)
+
+
+def test_copies_tap_their_own_network() -> None:
+    tapped = Tapped(build_network("resnet8", num_classes=3).eval(), ["layer1"])
+    twin = copy.deepcopy(tapped)
+    images = torch.rand(2, 3, 8, 8)
+    expected = tapped(images)[1]["stage1"].clone()
+    torch.nn.init.zeros_(tapped.network.get_parameter("conv1.weight"))
+    assert torch.equal(twin(images)[1]["stage1"], expected)
+    assert not any(module._forward_hooks for module in twin.release().modules())
+    assert "stage1" in tapped(images)[1]
 
 
 COMPILED = """
