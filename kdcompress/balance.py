@@ -70,10 +70,13 @@ def felt_shares(norms: Mapping[str, Tensor], applied: Mapping[str, float | Tenso
 
 
 def hardly_felt(share: float, weight: float | Share) -> bool:
-    """Whether a share below 1 % was not meant: neither a weight of 0 nor a share that was asked to be that small."""
+    """Whether a share below 1 % was not meant: neither a weight of 0 nor a share that was asked to be that small.
+
+    Exactly 0 under a fixed weight is a term that does not reach the backbone at all, as a gate's regulariser.
+    """
     if isinstance(weight, Share):
         return weight.value > 0 and share < min(FELT, weight.value / 2)
-    return weight != 0 and share < FELT
+    return weight != 0 and 0 < share < FELT
 
 
 def gradient_norm(value: Tensor, parameters: Iterable[nn.Parameter], scale: Tensor) -> Tensor:

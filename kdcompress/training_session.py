@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ from kdcompress.display import Display, Progress, RunLog, format_seconds
 from kdcompress.errors import CheckpointError
 from kdcompress.training_step import EpochResult, Run
 from kdcompress.types import Batch
+from kdcompress.weightings.base import diagnose
 
 LOG_EVERY = 50
 """Steps between two log points; the end of an epoch is one as well."""
@@ -192,6 +193,17 @@ class Session:
             parts.append(f"average {_listing([value * 100 for value in top1_ema], '.2f')} %")
         parts.append(format_seconds(result.seconds))
         self.display.note(" · ".join(parts))
+        for index, student in enumerate(students):
+            self.tell_weights(index, diagnose(student.get("diagnostics", {})))
+
+    def tell_weights(self, index: int, sentences: Sequence[str]) -> None:
+        """Shows and logs what is to be said of the teachers' weights, whenever it is another thing than before."""
+        for sentence in sentences:
+            claim = sentence.partition(" (")[0]
+            if self.run.claims.get(str(index)) != claim:
+                self.run.claims[str(index)] = claim
+                self.display.note(sentence)
+                self.log.write("weights", epoch=len(self.run.history), student=index, text=sentence)
 
 
 class Interrupts:

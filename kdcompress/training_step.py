@@ -82,6 +82,7 @@ class Run:
         self.seconds = 0.0
         self.history: list[EpochResult] = []
         self.warned: list[str] = []
+        self.claims: dict[str, str] = {}
 
     def rate(self, step: int) -> float:
         """The learning rate of one step."""
@@ -245,6 +246,7 @@ class Run:
             "seconds": self.seconds,
             "history": [asdict(epoch) for epoch in self.history],
             "warned": self.warned,
+            "claims": self.claims,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -268,6 +270,7 @@ class Run:
         self.seconds = state["seconds"]
         self.history = [EpochResult(**epoch) for epoch in state["history"]]
         self.warned = list(state["warned"])
+        self.claims = dict(state["claims"])
 
     def finish(self) -> None:
         """Gives the students the weights that are exported."""

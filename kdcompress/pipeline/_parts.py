@@ -60,12 +60,12 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     options = check_options(method_class, asked.method.options)
     needs = method_class.needs(**options)
     least, most = needs.teachers
-    if not least <= len(asked.teachers) <= most:
+    count = len(asked.teachers)
+    if count < least or count > most > 0:
         raise InputError(
-            f"{len(asked.teachers)} teachers, {asked.method.name} takes "
-            + (f"{least}" if least == most else f"{least} to {most}"),
+            f"{count} teachers, {asked.method.name} takes " + (f"{least}" if least == most else f"{least} to {most}"),
             where="--teachers",
-            fix="kdcompress distill --teachers a.pt b.pt c.pt" if least else "kdcompress train needs no teachers",
+            fix="kdcompress distill --teachers a.pt b.pt c.pt" if least else "",
         )
     if asked.data.mixup_alpha and not needs.mixup_allowed:
         raise RecipeError(f"{asked.method.name} cannot learn from mixed images", where="data.mixup_alpha", fix="0")
@@ -112,12 +112,13 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     speak.print(f"student: {asked.student.arch}, {student.num_params:,} parameters · {decision.why}")
     if copied is not None:
         speak.print(f"         {copied.copied_parameters:.0%} of its parameters copied")
+    asked_teachers = opened if most else ()
+    if opened and not most:
+        notes.append(f"{asked.method.name} asks no teachers; they only matter for where the student starts")
     shapes = NetworkShapes(
-        len(splits.classes),
-        student.feature_shapes,
-        tuple(one.teacher.feature_shapes for one in opened),
+        len(splits.classes), student.feature_shapes, tuple(one.teacher.feature_shapes for one in asked_teachers)
     )
-    heads = [one.teacher.head for one in opened] if needs.teacher_heads else []
+    heads = [one.teacher.head for one in asked_teachers] if needs.teacher_heads else []
     method = method_class(shapes, [head for head in heads if head is not None], **options)
     if needs.heldout and splits.holdout is None:
         notes.append(f"no --holdout: {asked.method.name} learns no weights for the teachers and averages them")

@@ -143,7 +143,7 @@ def require_unchanged(stored: Recipe, changes: Mapping[str, Any], overrides: Seq
 def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
     """The training itself."""
     settings, splits = parts.recipe.train, parts.splits
-    ensemble = TeacherEnsemble([one.teacher for one in parts.teachers]) if parts.teachers else None
+    ensemble = TeacherEnsemble([one.teacher for one in parts.teachers]) if parts.method.shapes.teachers else None
     return train(
         [parts.student],
         [parts.method],
