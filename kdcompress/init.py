@@ -70,7 +70,7 @@ class InitDecision:
     Args:
         kind: where the weights come from.
         why: the reason, as a sentence for the user.
-        teacher: number of the teacher whose blocks are taken, counted from 0.
+        teacher: index of the teacher whose blocks are taken, from 0; `why` and the user count from 1.
         path: the file the weights come from.
         licence: licence of published weights.
     """
@@ -105,7 +105,7 @@ def resolve_init(
     """Says where a student starts, and why. Loads and fetches nothing.
 
     Args:
-        choice: "auto", "pretrained", "random", "teacher", "teacher:N" (counted from 0) or a path.
+        choice: "auto", "pretrained", "random", "teacher", "teacher:N" (counted from 1) or a path.
         arch: the student's architecture.
         student: its bare network; only names and shapes matter (`models.weightless` will do).
         teachers: the teachers' bare networks.
@@ -140,7 +140,7 @@ def resolve_init(
         return InitDecision("pretrained", f"{published.name} are published", licence=published.licence)
     missing = "its published weights are not on this machine" if published else f"nobody publishes weights for {arch}"
     if order and fits[order[0]] >= _ENOUGH:
-        why = f"{missing}, and {fits[order[0]]:.0%} of its tensors fit teacher {order[0]}"
+        why = f"{missing}, and {fits[order[0]]:.0%} of its tensors fit teacher {order[0] + 1}"
         return InitDecision("teacher", why, teacher=order[0])
     return InitDecision("random", f"{missing}, and no teacher has its widths")
 
@@ -288,21 +288,21 @@ def _copy(student: nn.Module, source: Mapping[str, Tensor], plan: _Plan) -> Init
 def _resolve_teacher(choice: str, arch: str, fits: Sequence[float], order: Sequence[int]) -> InitDecision:
     number = choice.partition(":")[2]
     if ":" in choice:
-        if not number.isdecimal() or int(number) >= len(fits):
-            what = f"--init {choice}: there are {len(fits)} teachers, counted from 0"
-            raise InputError(what, where="--init", fix=f"use teacher:0 to teacher:{max(0, len(fits) - 1)}")
-        order = [int(number)]
+        if not number.isdecimal() or not 1 <= int(number) <= len(fits):
+            what = f"--init {choice}: there are {len(fits)} teachers, counted from 1"
+            raise InputError(what, where="--init", fix=f"use teacher:1 to teacher:{len(fits)}" if fits else "")
+        order = [int(number) - 1]
     if not order:
         raise InputError("--init teacher, but there are no teachers", where="--init", fix="give --teachers")
     if not fits[order[0]]:
         fix = "use a student of the teachers' family and widths, or --init random"
         raise ShapeError(f"no layer of {arch} fits {_which(order, fits)}", where=f"--init {choice}", fix=fix)
-    why = "asked for" if number else f"asked for; of the teachers, {order[0]} fits best"
+    why = "asked for" if number else f"asked for; of the teachers, number {order[0] + 1} fits best"
     return InitDecision("teacher", f"{why} ({fits[order[0]]:.0%} of the tensors)", teacher=order[0])
 
 
 def _which(order: Sequence[int], fits: Sequence[float]) -> str:
-    return f"teacher {order[0]}" if len(order) < len(fits) or len(fits) == 1 else f"any of the {len(fits)} teachers"
+    return f"teacher {order[0] + 1}" if len(order) < len(fits) or len(fits) == 1 else f"any of the {len(fits)} teachers"
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-TEACHERS = {"resnet14": (), "vgg8": ("student.args.width=16",), "dscnn": ()}
+TEACHERS = {"resnet14": (), "vgg8": ("student.args.width=32",), "dscnn": ()}
 TEACHER_OVERRIDES = ("train.epochs=12", "train.batch_size=64", "train.lr=0.05")
 STUDENT_OVERRIDES = ("train.epochs=20", "train.batch_size=64", "train.lr=0.05")
 

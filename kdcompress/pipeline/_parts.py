@@ -188,6 +188,7 @@ def build_student(
             arch_args=section.args,
             num_classes=len(splits.classes),
             in_channels=channels,
+            image_size=height,
             teachers=networks,
             blocks=section.init_blocks,
         )

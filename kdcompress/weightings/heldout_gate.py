@@ -7,8 +7,9 @@ Idea
 Loss
     w(x) = softmax(A β + b), β the layer-normed max-pooled last feature map of the student, detached. A and b minimise
     the mean of -log Σ_t w_t(x) p_t(y | x) at temperature 1 plus λ/2 (|A|² + |b|²), by L-BFGS in float64. Candidates:
-    uniform, static (A = 0), per image. λ is chosen by 5-fold cross-fitting; so is the candidate: a richer one must
-    improve the held-out NLL of a simpler one by more than one standard error of the mean paired difference.
+    uniform, static (A = 0), per image. λ is chosen by 5-fold cross-fitting, the strongest within one standard error of
+    the best. So is the candidate: a richer one must improve the held-out NLL of a simpler one by more than one standard
+    error of the mean paired difference.
 Paper
     None. It repairs the gate of AMTML-KD (`latent-factors`), of which A is the product W ∘ θ_t without a bias.
 Use
@@ -267,9 +268,19 @@ def _cross_fit(inputs: Tensor, log_right: Tensor, held: Tensor) -> tuple[Tensor,
         start = fit_coefficients(inputs, log_right, 1.0 - held, shrinkage, start)
         rows.append((mixture_nll(torch.einsum("nd,ftd->fnt", inputs, start), log_right) * held).sum(0))
     nll = torch.stack(rows)
-    without_fold = nll @ (1.0 - held).T
-    chosen = (without_fold.argmin(0)[:, None] * held).sum(0).long()
-    return nll.gather(0, chosen[None])[0], SHRINKAGES[int(nll.mean(1).argmin())]
+    chosen = torch.stack([strongest_shrinkage(nll[:, fold == 0]) for fold in held])
+    own_fold = held.argmax(0)
+    return nll.gather(0, chosen[own_fold][None])[0], SHRINKAGES[int(strongest_shrinkage(nll))]
+
+
+def strongest_shrinkage(nll: Float[Tensor, "shrinkages images"]) -> Int64[Tensor, ""]:
+    """The first of `SHRINKAGES` that is not worse than the best by more than one standard error.
+
+    Breiman et al. 1984, "Classification and Regression Trees", call it the one-standard-error rule.
+    """
+    worse = nll - nll[nll.mean(1).argmin()]
+    error = worse.std(1) / worse.shape[1] ** 0.5
+    return (worse.mean(1) <= error).long().argmax()
 
 
 def _gain(simple: Tensor, rich: Tensor) -> tuple[float, float]:

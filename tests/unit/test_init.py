@@ -216,7 +216,7 @@ def test_what_is_asked_for(tmp_path: Path) -> None:
     student, small, large = network("resnet8"), network("resnet14"), network("resnet20")
     assert resolve_init("random", "resnet8", student, [large]).kind == "random"
     assert resolve_init("teacher", "resnet8", student, [large, small]).teacher == 1
-    assert resolve_init("teacher:0", "resnet8", student, [large, small]).teacher == 0
+    assert resolve_init("teacher:1", "resnet8", student, [large, small]).teacher == 0
     (tmp_path / "a.pt").touch()
     assert resolve_init(str(tmp_path / "a.pt"), "resnet8", student, []) == InitDecision(
         "file", "asked for", path=tmp_path / "a.pt"
@@ -227,9 +227,10 @@ def test_what_is_asked_for(tmp_path: Path) -> None:
     ("choice", "kind", "message"),
     [
         ("pretrained", InputError, "nobody publishes weights for resnet8"),
-        ("teacher:2", InputError, "there are 2 teachers, counted from 0"),
+        ("teacher:3", InputError, "there are 2 teachers, counted from 1"),
+        ("teacher:0", InputError, "there are 2 teachers, counted from 1"),
         ("teacher:x", InputError, "there are 2 teachers"),
-        ("teacher:1", ShapeError, "no layer of resnet8 fits teacher 1"),
+        ("teacher:2", ShapeError, "no layer of resnet8 fits teacher 2"),
         ("pretraind", InputError, "no such choice or file"),
     ],
 )
