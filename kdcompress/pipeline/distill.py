@@ -14,6 +14,7 @@ from kdcompress.bundle import provenance_step
 from kdcompress.data import training_digests
 from kdcompress.display import format_seconds, open_display
 from kdcompress.errors import InputError, RecipeError
+from kdcompress.files import require_empty
 from kdcompress.networks import LiveTeachers, TeacherEnsemble, save_student
 from kdcompress.optim import Optimisation
 from kdcompress.pipeline._parts import Parts, choose_device, prepare
@@ -56,6 +57,8 @@ def distill(
             speak.print(f"{run.path} is finished; its student is in {run.path / STUDENT}")
             return run
     else:
+        if out is not None:
+            require_empty(out)
         content = merge(read_recipe(recipe) if recipe else {}, changes)
         asked = build_recipe(content, overrides, where=f"recipe {recipe}" if recipe else "the command")
     parts = prepare(asked, speak, offline=offline)
