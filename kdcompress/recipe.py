@@ -86,15 +86,16 @@ class MethodSection(BaseModel):
 
 
 class TrainSection(Section):
-    """The optimisation. `lr` is the peak rate; `milestones` are fractions of the training at which `step` cuts it.
+    """The optimisation. `lr` is the peak rate, chosen by the optimizer and the student's start where it is not given.
 
+    `milestones` are fractions of the training at which the schedule `step` cuts the rate to `decay` of itself.
     `ema` is the decay of the exponential moving average of the weights, 0 for none; `clip_norm` bounds the
     gradient's norm; `checkpoint_minutes` is the longest time between two saved states.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 60
     batch_size: Annotated[int, Field(ge=1)] = 128
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Annotated[float, Field(gt=0)] | None = None
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9
     nesterov: bool = True

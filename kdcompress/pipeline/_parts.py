@@ -35,6 +35,11 @@ from kdcompress.recipe import Recipe
 from kdcompress.teachers import load_checkpoint
 from kdcompress.types import NetworkShapes
 
+LEARNING_RATES = {("sgd", True): 0.1, ("sgd", False): 0.01, ("adamw", True): 1e-3, ("adamw", False): 1e-4}
+"""Peak rates where none is asked for: by the optimizer, and whether the student starts from random weights.
+
+A tenth keeps what trained weights know: docs/results.md has what 0.1 does to them.
+"""
 STATISTICS_IMAGES = 1000
 """Training images whose mean and standard deviation normalise a student that starts from nothing."""
 
@@ -125,8 +130,15 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     for note in notes:
         speak.print(f"note: {note}")
 
+    lr = asked.train.lr or LEARNING_RATES[asked.train.optimizer, decision.kind == "random"]
+    if asked.train.lr is None:
+        speak.print(
+            f"learning rate: {lr:g}, for {asked.train.optimizer} from "
+            f"{'random' if decision.kind == 'random' else 'trained'} weights"
+        )
     recipe = asked.model_copy(
         update={
+            "train": asked.train.model_copy(update={"lr": lr}),
             "data": data,
             "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
         }
