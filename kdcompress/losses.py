@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kdcompress.types import FeatureMap, LabelTargets, Logits, Scalar, TeacherLogits, TeacherWeights
+from kdcompress.types import (
+    UNLABELLED,
+    FeatureMap,
+    Labels,
+    LabelTargets,
+    Logits,
+    Scalar,
+    TeacherLogits,
+    TeacherWeights,
+)
 
 MAX_TRIPLES_BATCH = 128
 """The largest batch whose triples are all related to each other; a larger one is cut into seeded groups."""
@@ -57,6 +66,87 @@ def kl_divergence(targets: LabelTargets, logits: Logits, temperature: float) -> 
     log_targets = targets.clamp_min(torch.finfo(targets.dtype).tiny).log()
     log_student = F.log_softmax(full_precision(logits) / temperature, dim=1)
     return temperature**2 * (targets * (log_targets - log_student)).sum(1).mean()
+
+
+def kl_by_image(log_targets: Logits, logits: Logits, temperature: float) -> Float[Tensor, "batch"]:
+    """T² · KL(exp(log_targets) ‖ softmax(z / T)) of each image.
+
+    Args:
+        log_targets: log probabilities, already at temperature T.
+        logits: the student's.
+        temperature: T.
+    """
+    log_targets = full_precision(log_targets)
+    log_student = F.log_softmax(full_precision(logits) / temperature, dim=1)
+    return temperature**2 * (log_targets.exp() * (log_targets - log_student)).sum(1)
+
+
+def dkd_by_image(
+    log_targets: Logits,
+    logits: Logits,
+    labels: Labels,
+    temperature: float,
+    *,
+    label_class_weight: float = 1.0,
+    other_classes_weight: float = 8.0,
+) -> Float[Tensor, "batch"]:
+    """Decoupled KD of each image: T² · (weight · KL of label class against the rest + weight · KL among the rest).
+
+    The plain KL weighs the second part with what the teacher leaves to the other classes, so a sure teacher mutes it
+    (Zhao et al., CVPR 2022, arXiv 2203.08679, whose defaults the weights are). An image without a label has no class
+    to set apart: it has its plain KL.
+
+    Args:
+        log_targets: log probabilities, already at temperature T.
+        logits: the student's.
+        labels: hard labels.
+        temperature: T.
+        label_class_weight: of the first part, called α there.
+        other_classes_weight: of the second part, called β there.
+    """
+    log_targets = full_precision(log_targets)
+    log_student = F.log_softmax(full_precision(logits) / temperature, dim=1)
+    labelled = labels != UNLABELLED
+    chosen = F.one_hot(labels.clamp_min(0), logits.shape[1]).bool()
+    pairs = [_label_class_and_others(side, chosen) for side in (log_targets, log_student)]
+    (target_split, target_others), (student_split, student_others) = pairs
+    first = (target_split.exp() * (target_split - student_split)).sum(1)
+    second = torch.where(chosen, 0.0, target_others.exp() * (target_others - student_others)).sum(1)
+    decoupled = label_class_weight * first + other_classes_weight * second
+    return torch.where(labelled, temperature**2 * decoupled, kl_by_image(log_targets, logits, temperature))
+
+
+def dist(targets: TeacherLogits, logits: Logits, weights: TeacherWeights, temperature: float) -> Scalar:
+    """DIST: T² · (1 - correlation over the classes of an image + 1 - correlation over the images of a class).
+
+    Both are Pearson's, of probabilities; the first is averaged over images, the second over classes (Huang et al.,
+    NeurIPS 2022, arXiv 2205.10536). Of several teachers the first part is weighted image by image; in the second a
+    teacher's correlation counts each image by its weight, and the teacher counts by its mean weight. Where one side
+    does not vary the correlation is 0.
+
+    Args:
+        targets: probabilities of each teacher, already at temperature T.
+        logits: the student's.
+        weights: of the teachers, for each image.
+        temperature: T.
+    """
+    targets, weights = full_precision(targets), full_precision(weights)
+    answers = F.softmax(full_precision(logits) / temperature, dim=1)[:, None]
+    over_classes = 1.0 - _correlation(targets, answers, torch.ones_like(targets), dim=2)
+    image_weights = weights.detach()[:, :, None].expand_as(targets)
+    over_images = 1.0 - _correlation(targets, answers, image_weights, dim=0).mean(1)
+    return temperature**2 * ((weights * over_classes).sum(1).mean() + (weights.mean(0) * over_images).sum())
+
+
+def standardise(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:
+    """Each row of logits with mean 0 and standard deviation 1 over the classes (Sun et al., CVPR 2024, 2403.01427).
+
+    Two logits are alike after it whatever they were, so it wants three classes or more.
+    """
+    logits = full_precision(logits)
+    centred = logits - logits.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / (logits.shape[-1] - 1)
+    return centred / (variance.clamp_min(torch.finfo(logits.dtype).tiny).sqrt() + 1e-7)
 
 
 def cross_entropy(logits: Logits, label_targets: LabelTargets, temperature: float = 1.0) -> Scalar:
@@ -140,6 +230,24 @@ def align(
     """Both maps at the smaller height and width of the two, by average pooling."""
     size = (min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3]))
     return _pool(one, size), _pool(other, size)
+
+
+def _label_class_and_others(log_p: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities of (label class, all others), and of the others among themselves."""
+    others = log_p.masked_fill(chosen, -torch.inf)
+    log_rest = others.logsumexp(1, keepdim=True)
+    among = torch.where(chosen, log_rest, log_p) - log_rest
+    return torch.cat([log_p.masked_fill(~chosen, 0.0).sum(1, keepdim=True), log_rest], 1), among
+
+
+def _correlation(one: Tensor, other: Tensor, weights: Tensor, dim: int) -> Tensor:
+    """Pearson's correlation along `dim`, each element counted by its weight; 0 where nothing varies."""
+    share = weights / weights.sum(dim, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    other = other.expand_as(one)
+    roots = share.sqrt()
+    one = roots * (one - (share * one).sum(dim, keepdim=True))
+    other = roots * (other - (share * other).sum(dim, keepdim=True))
+    return F.cosine_similarity(one, other, dim=dim, eps=1e-8)
 
 
 def _pool(features: Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcompress.types import UNLABELLED, EnsembleOutputs, FeatureShape, NetworkShapes, Outputs, Step
+from kdcompress.types import UNLABELLED, EnsembleOutputs, FeatureShape, Head, NetworkShapes, Outputs, Step
 
 STAGES: Mapping[str, FeatureShape] = {"stage1": (4, 8, 8), "stage2": (6, 4, 4), "stage3": (8, 2, 2)}
 
@@ -36,6 +36,8 @@ def make_step(
     dtype: torch.dtype = torch.float32,
     teacher_scale: float = 1.0,
     progress: float = 0.0,
+    num_peers: int = 0,
+    self_teacher: bool = False,
 ) -> Step:
     """Random outputs; the first `num_unlabelled` images have no label; the student's outputs require gradients."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +56,28 @@ def make_step(
             tuple(answer.features for answer in answers),
             tuple(range(len(answers))),
         )
-    return Step(labels, targets, student, teachers, progress=progress)
+    others = [make_outputs(generator, batch, shapes.num_classes, shapes.student, dtype) for _ in range(num_peers + 1)]
+    return Step(
+        labels,
+        targets,
+        student,
+        teachers,
+        peers=tuple(others[:num_peers]),
+        self_teacher=others[-1] if self_teacher else None,
+        progress=progress,
+    )
+
+
+def make_heads(shapes: NetworkShapes) -> list[Head]:
+    """A frozen classifier for each teacher: a linear map of its last feature map, averaged over positions."""
+    generator = torch.Generator().manual_seed(3)
+    widths = [list(stages.values())[-1][0] for stages in shapes.teachers]
+    matrices = [torch.randn(width, shapes.num_classes, generator=generator) for width in widths]
+
+    def head(matrix: Tensor) -> Head:
+        return lambda features: features.mean((2, 3)) @ matrix.to(features)
+
+    return [head(matrix) for matrix in matrices]
 
 
 def permute_teachers(step: Step, order: list[int], *, keep_ids: bool = False) -> Step:

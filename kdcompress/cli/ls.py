@@ -10,14 +10,14 @@ import click
 def _methods() -> Iterable[str]:
     from kdcompress.discovery import list_names, read_card
 
-    return (f"{name:<14} {read_card('kdcompress.methods', name).title}" for name in list_names("kdcompress.methods"))
+    return (f"{name:<18} {read_card('kdcompress.methods', name).title}" for name in list_names("kdcompress.methods"))
 
 
 def _weightings() -> Iterable[str]:
     from kdcompress.discovery import list_names, read_card
 
     package = "kdcompress.weightings"
-    return (f"{name:<14} {read_card(package, name).title}" for name in list_names(package))
+    return (f"{name:<18} {read_card(package, name).title}" for name in list_names(package))
 
 
 def _models() -> Iterable[str]:

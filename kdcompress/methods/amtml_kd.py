@@ -21,6 +21,7 @@ Loss
     not detached. Hints: squared error, the student's map normalised before its regressor and the teacher's before it is
     compared. Coefficients as published: T = 5, soft targets 2·0.7, labels 0.3, angles 1, hints 1; but regulariser 1e-4,
     for 0.1 turns the gate into plain averaging. One stage; regressors are trained; angles between like quantities.
+    loss, standardise, mix (both): what is done with the gate's weights, see `kdcompress show avg-kd`.
     official_compat (paper only) restores three scalings of the released code: the gate reads average-pooled features,
     the KL is divided by the number of classes, and the labels' cross entropy is taken at temperature T.
 Paper
@@ -41,15 +42,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from kdcompress.errors import RecipeError, ShapeError
-from kdcompress.losses import align, cross_entropy, full_precision, hint_error, kl_divergence, relation_angles
-from kdcompress.losses import soft_targets as integrate
+from kdcompress.logit_losses import LogitLoss, LossName, Mix
+from kdcompress.losses import align, cross_entropy, full_precision, hint_error, relation_angles
 from kdcompress.methods.base import Method, without_features
-from kdcompress.types import FeatureMap, Head, LossTerms, Needs, NetworkShapes, Outputs, Scalar, Share, Step, Term
+from kdcompress.regressors import Regressor
+from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Outputs, Scalar, Share, Step, Term
 from kdcompress.weightings.base import teachers_of
 from kdcompress.weightings.heldout_gate import HeldoutGate
 from kdcompress.weightings.latent_factors import LatentFactors
@@ -87,6 +88,9 @@ class AMTMLKD(Method):
         shapes: of the networks.
         heads: unused.
         variant: "repaired" or "paper"; see the card at the top of this file.
+        loss: how the student is held against the soft targets: "kl", "dkd" or "dist"; see `logit_losses`.
+        standardise: bring each network's logits to mean 0 and standard deviation 1 first.
+        mix: what the gate's weights mix: "targets" (probabilities), "logits", or "losses" (one for each teacher).
         temperature: T of the soft targets and of the angles. 4; paper 5.
         soft_target_weight: 1; paper 2·0.7.
         label_weight: 1; paper 0.3.
@@ -108,9 +112,12 @@ class AMTMLKD(Method):
     def __init__(
         self,
         shapes: NetworkShapes,
-        heads: Sequence[Head] = (),
+        heads: Sequence[Head | None] = (),
         *,
         variant: Variant = "repaired",
+        loss: LossName = "kl",
+        standardise: bool = False,
+        mix: Mix = "targets",
         temperature: Annotated[float, Field(gt=0)] | None = None,
         soft_target_weight: Annotated[float, Field(gt=0)] | None = None,
         label_weight: Weight | None = None,
@@ -137,6 +144,7 @@ class AMTMLKD(Method):
             regulariser_weight=regulariser_weight,
             official_compat=official_compat,
         )
+        self.logit_loss = LogitLoss(loss, self.settings["temperature"], standardise, mix, shapes.num_classes)
         self.weighting: HeldoutGate | LatentFactors
         if variant == "repaired":
             self.weighting = HeldoutGate(shapes)
@@ -152,7 +160,8 @@ class AMTMLKD(Method):
     @classmethod
     def needs(cls, *, variant: Variant = "repaired", **options: Any) -> Needs:
         """Feature maps of both sides, and held-out images for the repaired gate."""
-        settings = resolve_options(variant, **options)
+        separate = ("loss", "standardise", "mix")
+        settings = resolve_options(variant, **{name: value for name, value in options.items() if name not in separate})
         hints = settings.get("hint_share") or settings.get("hint_weight")
         return Needs(
             labels="soft" if settings["label_weight"] else "none",
@@ -160,24 +169,24 @@ class AMTMLKD(Method):
             teacher_features={"*": "map"} if hints else {},
             batch_relations=bool(settings.get("angle_share") or settings.get("angle_weight")),
             heldout=variant == "repaired",
+            mixup_allowed=options.get("loss") != "dkd",
         )
 
     def forward(self, step: Step) -> LossTerms:
         """The terms of the card, without those of weight 0, and the state of the gate."""
-        settings, temperature, student = self.settings, self.settings["temperature"], step.student
+        settings, student, teacher_logits = self.settings, step.student, teachers_of(step).logits
         compat = settings.get("official_compat", False)
         weights = self.weighting(step)
-        targets = integrate(teachers_of(step).logits, weights, temperature)
 
-        soft = kl_divergence(targets, student.logits, temperature)
+        soft = self.logit_loss(teacher_logits, weights, student.logits, step.labels)
         soft = soft / self.shapes.num_classes if compat else soft
         terms = {"soft_targets": Term(soft, settings["soft_target_weight"])}
         if settings["label_weight"]:
-            labels = cross_entropy(student.logits, step.label_targets, temperature if compat else 1.0)
+            labels = cross_entropy(student.logits, step.label_targets, settings["temperature"] if compat else 1.0)
             terms["labels"] = Term(labels, settings["label_weight"])
         if (angle_weight := self.angle_weight()) not in (0.0, Share(0.0)):
-            answers = F.softmax(full_precision(student.logits) / temperature, dim=1)
-            terms["angles"] = Term(relation_angles(answers, targets.detach()), angle_weight)
+            targets = self.logit_loss.integrate(teacher_logits, weights.detach())
+            terms["angles"] = Term(relation_angles(self.logit_loss.answers(student.logits), targets), angle_weight)
         if (hint_weight := self.hint_weight(step.progress)) not in (0.0, Share(0.0)):
             terms["hints"] = Term(self._hint_errors(step), hint_weight)
         if isinstance(self.weighting, LatentFactors) and settings["regulariser_weight"]:
@@ -223,24 +232,6 @@ class AMTMLKD(Method):
             else:
                 errors.append(hint_error(self.regressors[teacher](student), hint, "cosine"))
         return torch.stack(errors).sum()
-
-
-class Regressor(nn.Module):
-    """A 1×1 convolution and batch norm, from the channels of a student's group to those of a teacher's hint."""
-
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(teacher_channels)
-
-    def forward(self, features: FeatureMap) -> Float[Tensor, "batch hint_channels height width"]:
-        """The map with the teacher's number of channels."""
-        projected = self.convolution(features)
-        if projected.numel() > projected.shape[1]:
-            normalised: Tensor = self.norm(projected)
-            return normalised
-        norm = self.norm  # one value per channel has no variance of its own: use the running statistics
-        return F.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def pair_hints(shapes: NetworkShapes) -> tuple[tuple[str, str], ...]:

@@ -5,6 +5,13 @@ Idea
 Loss
     T² · KL( mean_t softmax(z_t / T) ‖ softmax(z_S / T) ), summed over classes, mean over the batch, with weight 1;
     plus `label_weight` × cross entropy to the labels.
+
+    loss: dkd sets the label's class apart from the others, which count 8 times (Zhao et al., CVPR 2022; it asks labels
+    and forbids mixup). dist asks for correlation instead of equality (Huang et al., NeurIPS 2022; published with
+    labels at half its weight).
+    standardise: each network's logits have mean 0 and standard deviation 1 first (Sun et al., CVPR 2024; published with
+    T = 2 and the labels at a ninth of its weight). For three classes or more.
+    mix: targets averages probabilities, logits averages logits, losses averages the loss of each teacher.
 Paper
     Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531, with an ensemble as
     the teacher. Called AVER or AvgMKD in later papers.
@@ -21,7 +28,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from kdcompress.losses import cross_entropy, kl_divergence, soft_targets
+from kdcompress.logit_losses import LogitLoss, LossName, Mix
+from kdcompress.losses import cross_entropy
 from kdcompress.methods.base import Method
 from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Step, Term
 from kdcompress.weightings.base import teachers_of
@@ -31,13 +39,16 @@ LABEL_WEIGHT = 1.0
 
 
 class AverageKD(Method):
-    """KL to the averaged soft target.
+    """The student is held against the average of the teachers.
 
     Args:
         shapes: of the networks.
         heads: unused.
         temperature: T of the soft targets.
         label_weight: weight of the cross entropy to the labels, beside 1 for the soft targets.
+        loss: "kl", "dkd" or "dist".
+        standardise: bring each network's logits to mean 0 and standard deviation 1 first.
+        mix: what is averaged: "targets" (probabilities), "logits" or "losses".
     """
 
     paper: ClassVar[str] = "arXiv 1503.02531"
@@ -45,25 +56,30 @@ class AverageKD(Method):
     def __init__(
         self,
         shapes: NetworkShapes,
-        heads: Sequence[Head] = (),
+        heads: Sequence[Head | None] = (),
         *,
         temperature: Annotated[float, Field(gt=0)] = 4.0,
         label_weight: Annotated[float, Field(ge=0)] = LABEL_WEIGHT,
+        loss: LossName = "kl",
+        standardise: bool = False,
+        mix: Mix = "targets",
     ) -> None:
         super().__init__(shapes, heads)
         self.weighting = Uniform(shapes)
-        self.temperature = temperature
+        self.logit_loss = LogitLoss(loss, temperature, standardise, mix, shapes.num_classes)
         self.label_weight = label_weight
 
     @classmethod
     def needs(cls, **options: Any) -> Needs:
         """Teachers; labels only while `label_weight` is not 0."""
+        if options.get("loss") == "dkd":
+            return Needs(labels="hard", mixup_allowed=False)
         return Needs(labels="soft" if options.get("label_weight", LABEL_WEIGHT) else "none")
 
     def forward(self, step: Step) -> LossTerms:
         """The terms `soft_targets` and `labels`."""
-        targets = soft_targets(teachers_of(step).logits, self.weighting(step), self.temperature)
-        terms = {"soft_targets": Term(kl_divergence(targets, step.student.logits, self.temperature))}
+        teacher_logits, logits = teachers_of(step).logits, step.student.logits
+        terms = {"soft_targets": Term(self.logit_loss(teacher_logits, self.weighting(step), logits, step.labels))}
         if self.label_weight:
-            terms["labels"] = Term(cross_entropy(step.student.logits, step.label_targets), self.label_weight)
+            terms["labels"] = Term(cross_entropy(logits, step.label_targets), self.label_weight)
         return LossTerms(terms)

@@ -28,12 +28,12 @@ class Method(nn.Module, ABC):
 
     Args:
         shapes: of the student's and the teachers' feature maps, and the number of classes.
-        heads: the teachers' own classifiers, where `needs` asks for them.
+        heads: each teacher's own classifier, where `needs` asks for them; None where it cannot be split off.
     """
 
     paper: ClassVar[str]
 
-    def __init__(self, shapes: NetworkShapes, heads: Sequence[Head] = ()) -> None:
+    def __init__(self, shapes: NetworkShapes, heads: Sequence[Head | None] = ()) -> None:
         super().__init__()
         self.shapes = shapes
 

@@ -124,7 +124,12 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         len(splits.classes), student.feature_shapes, tuple(one.teacher.feature_shapes for one in asked_teachers)
     )
     heads = [one.teacher.head for one in asked_teachers] if needs.teacher_heads else []
-    method = method_class(shapes, [head for head in heads if head is not None], **options)
+    notes += [
+        f"the classifier of {one.teacher.name} cannot be split off; {asked.method.name} learns from its logits alone"
+        for one, head in zip(asked_teachers, heads, strict=False)
+        if head is None
+    ]
+    method = method_class(shapes, heads, **options)
     if needs.heldout and splits.holdout is None:
         notes.append(f"no --holdout: {asked.method.name} learns no weights for the teachers and averages them")
     for note in notes:

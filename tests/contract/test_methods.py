@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -13,10 +13,28 @@ from kdcompress.discovery import CARD_HEADINGS, list_options
 from kdcompress.errors import RecipeError
 from kdcompress.methods.base import Method, card, check_options, find_method, list_methods
 from kdcompress.types import LossTerms, NetworkShapes, Share, Step
-from tests.made_steps import TinyStudent, make_shapes, make_step
+from kdcompress.weightings.base import list_weightings
+from tests.made_steps import TinyStudent, make_heads, make_shapes, make_step, permute_teachers
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "amtml-kd": [{}, {"variant": "paper"}, {"variant": "paper", "official_compat": True}],
+    "amtml-kd": [
+        {},
+        {"variant": "paper"},
+        {"variant": "paper", "official_compat": True},
+        {"loss": "dist", "mix": "losses"},
+        {"variant": "paper", "loss": "dkd", "mix": "losses"},
+    ],
+    "avg-kd": [
+        {},
+        {"loss": "dkd"},
+        {"loss": "dist"},
+        {"standardise": True},
+        {"mix": "logits"},
+        {"mix": "losses", "loss": "dkd", "standardise": True},
+        {"mix": "losses", "loss": "dist"},
+    ],
+    "ca-mkd": [{}, {"normalise": "official"}, {"loss": "dkd"}],
+    "weighted-kd": [{"weighting": name} for name in list_weightings()],
 }
 """Options that make a method another one; only the defaults where nothing stands here."""
 CASES = [
@@ -24,8 +42,19 @@ CASES = [
     for name in list_methods()
     for options in VARIANTS.get(name, [{}])
 ]
-LABEL_TERMS = {"labels"}
-"""Terms that ask the labels; no other may depend on them."""
+
+
+def label_terms(name: str, options: dict[str, Any]) -> set[str]:
+    """Terms that ask the labels; no other may depend on them."""
+    asks = {"labels"}
+    if options.get("loss") == "dkd" or "confidence" in options.values() or name == "ca-mkd":
+        asks.add("soft_targets")
+    return asks | {"hints"} if name == "ca-mkd" else asks
+
+
+def labelled_only(name: str) -> set[str]:
+    """Terms that an image without a label has no part in."""
+    return {"labels", "hints"} if name == "ca-mkd" else {"labels"}
 
 
 def shapes_for(name: str, options: dict[str, Any], num_teachers: int = 3, num_classes: int = 5) -> NetworkShapes:
@@ -35,7 +64,14 @@ def shapes_for(name: str, options: dict[str, Any], num_teachers: int = 3, num_cl
 
 def build(name: str, options: dict[str, Any], shapes: NetworkShapes) -> Method:
     torch.manual_seed(0)
-    return find_method(name)(shapes, **options)
+    cls = find_method(name)
+    return cls(shapes, make_heads(shapes) if cls.needs(**options).teacher_heads else (), **options)
+
+
+def step_for(name: str, options: dict[str, Any], shapes: NetworkShapes, batch: int = 6, **changes: Any) -> Step:
+    """A step with all that the method asks for."""
+    needs = find_method(name).needs(**options)
+    return make_step(shapes, batch, num_peers=needs.students[0] - 1, self_teacher=needs.self_teacher, **changes)
 
 
 def strength(weight: float | Share) -> float:
@@ -55,8 +91,20 @@ def student_gradients(value: Tensor, step: Step) -> list[Tensor]:
     return [gradient.flatten(1) for gradient in found if gradient is not None]
 
 
+class FrozenHead(nn.Module):
+    """A classifier with weights that could be trained by mistake."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear(features.mean((2, 3)))
+        return logits
+
+
 def test_the_known_ones_are_found() -> None:
-    assert {"amtml-kd", "avg-kd", "supervised"} <= set(list_methods())
+    assert {"amtml-kd", "avg-kd", "ca-mkd", "supervised", "weighted-kd"} <= set(list_methods())
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -104,10 +152,18 @@ def test_finite_in_value_and_gradient(
     progress: float,
 ) -> None:
     """For one teacher or more, a batch of one, very sure and clueless teachers, with and without labels."""
+    assume(num_classes > 2 or not options.get("standardise"))
     shapes = shapes_for(name, options, num_teachers, num_classes)
     method = build(name, options, shapes)
-    step = make_step(
-        shapes, batch, dtype=dtype, teacher_scale=scale, num_unlabelled=min(num_unlabelled, batch), progress=progress
+    step = step_for(
+        name,
+        options,
+        shapes,
+        batch,
+        dtype=dtype,
+        teacher_scale=scale,
+        num_unlabelled=min(num_unlabelled, batch),
+        progress=progress,
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         answer = method(step)
@@ -133,7 +189,7 @@ def test_every_parameter_has_learned_after_three_steps(name: str, options: dict[
     optimizer = torch.optim.SGD(parameters.values(), lr=0.05)
     learned = set()
     for number in range(3):
-        step = make_step(shapes, batch=8, seed=number)
+        step = step_for(name, options, shapes, batch=8, seed=number)
         generator = torch.Generator().manual_seed(number)
         step = replace(step, student=student(torch.randn(8, 3, 16, 16, generator=generator)))
         optimizer.zero_grad()
@@ -149,22 +205,25 @@ def test_unlabelled_images_count_in_every_term_that_needs_no_label(name: str, op
     method = build(name, options, shapes)
     for parameter in method.parameters():
         nn.init.normal_(parameter)
-    step = make_step(shapes, batch=6, num_unlabelled=3)
+    method.eval()  # the statistics of a batch would tie its images together
+    step = step_for(name, options, shapes, batch=6, num_unlabelled=3)
     for term_name, term in method(step).terms.items():
         for gradient in student_gradients(term.value, step):
             unlabelled, labelled = gradient.abs().sum(1)[:3], gradient.abs().sum(1)[3:]
             assert bool((labelled > 0).all()), term_name
-            assert bool((unlabelled == 0).all() if term_name in LABEL_TERMS else (unlabelled > 0).all()), term_name
+            assert bool((unlabelled == 0).all() if term_name in labelled_only(name) else (unlabelled > 0).all()), (
+                term_name
+            )
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_only_the_label_terms_depend_on_labels(name: str, options: dict[str, Any]) -> None:
     shapes = shapes_for(name, options)
     method = build(name, options, shapes)
-    step = make_step(shapes, batch=6)
-    blind = make_step(shapes, batch=6, num_unlabelled=6)
+    step = step_for(name, options, shapes, batch=6)
+    blind = step_for(name, options, shapes, batch=6, num_unlabelled=6)
     seen, unseen = method(step).terms, method(blind).terms
-    for term_name in seen.keys() - LABEL_TERMS:
+    for term_name in seen.keys() - label_terms(name, options):
         torch.testing.assert_close(seen[term_name].value, unseen[term_name].value, msg=term_name)
 
 
@@ -172,7 +231,7 @@ def test_only_the_label_terms_depend_on_labels(name: str, options: dict[str, Any
 def test_neither_the_step_nor_the_random_state_is_touched(name: str, options: dict[str, Any]) -> None:
     shapes = shapes_for(name, options)
     method = build(name, options, shapes)
-    step, untouched = make_step(shapes, batch=130), make_step(shapes, batch=130)
+    step, untouched = step_for(name, options, shapes, batch=130), step_for(name, options, shapes, batch=130)
     state = torch.get_rng_state()
     first, second = method(step), method(step)
     method.refit(method.reduce_heldout(step))
@@ -191,7 +250,7 @@ def test_the_state_is_all_there_is(name: str, options: dict[str, Any]) -> None:
     method = build(name, options, shapes)
     for parameter in method.parameters():
         nn.init.normal_(parameter)
-    step = make_step(shapes, batch=100)
+    step = step_for(name, options, shapes, batch=100)
     method.refit(method.reduce_heldout(step))
     method(step)
     other = build(name, options, shapes)
@@ -209,11 +268,14 @@ def test_classes_of_no_probability_do_not_change_the_soft_targets(
 ) -> None:
     """So the strength of the soft targets does not depend on the number of classes."""
     shapes = shapes_for(name, options, num_classes=5)
-    step = make_step(shapes)
+    step = step_for(name, options, shapes)
     few = build(name, options, shapes)(step).terms
     if "soft_targets" not in few or options.get("official_compat"):
         pytest.skip("no soft targets, or the released code's own scaling by the number of classes")
-    assert step.teachers is not None
+    if options.get("standardise") or options.get("loss") == "dist":
+        pytest.skip("the mean over the classes is part of this loss")
+    if step.teachers is None:
+        pytest.skip("no teachers")
     wider = torch.nn.functional.pad(step.student.logits, (0, num_classes - 5), value=-1e4)
     many = Step(
         labels=step.labels,
@@ -225,3 +287,32 @@ def test_classes_of_no_probability_do_not_change_the_soft_targets(
     )
     value = build(name, options, replace(shapes, num_classes=num_classes))(many).terms["soft_targets"].value
     torch.testing.assert_close(value, few["soft_targets"].value)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_the_order_of_the_teachers_does_not_matter(name: str, options: dict[str, Any]) -> None:
+    shapes = shapes_for(name, options)
+    step = step_for(name, options, shapes)
+    if step.teachers is None:
+        pytest.skip("no teachers")
+    method = build(name, options, shapes)
+    permuted = permute_teachers(step, [2, 0, 1], keep_ids=True)
+    for term_name, term in method(step).terms.items():
+        torch.testing.assert_close(method(permuted).terms[term_name].value, term.value, msg=term_name)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_nothing_of_the_teachers_is_trained_or_saved(name: str, options: dict[str, Any]) -> None:
+    """Their classifiers are used, but are no part of the method."""
+    shapes = shapes_for(name, options)
+    cls = find_method(name)
+    heads = [FrozenHead(list(stages.values())[-1][0], shapes.num_classes) for stages in shapes.teachers]
+    method = cls(shapes, heads if cls.needs(**options).teacher_heads else (), **options)
+    owned = {id(tensor) for head in heads for tensor in head.parameters()}
+    assert owned.isdisjoint(id(tensor) for tensor in method.state_dict(keep_vars=True).values())
+    assert owned.isdisjoint(id(parameter) for parameter in method.parameters())
+    step = step_for(name, options, shapes)
+    total(method(step)).backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is None for head in heads for parameter in head.parameters())
+    if step.teachers is not None:
+        assert not step.teachers.logits.requires_grad

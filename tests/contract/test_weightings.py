@@ -26,7 +26,8 @@ def build(name: str, num_teachers: int, num_classes: int = 5) -> tuple[Weighting
 
 
 def test_the_known_ones_are_found() -> None:
-    assert {"uniform", "latent-factors", "heldout-gate"} <= set(NAMES)
+    known = {"uniform", "latent-factors", "heldout-gate", "confidence", "entropy", "static", "gradient-conflict"}
+    assert known | {"best-teacher", "random-teacher"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -205,6 +205,95 @@ def test_hints_of_different_size_are_pooled_to_the_smaller(rng: np.random.Genera
     assert float(losses.hint_error(tensor(hint), tensor(student))) == pytest.approx(float(expected))
 
 
+def test_kl_by_image(rng: np.random.Generator) -> None:
+    q, logits = softmax(rng.normal(size=(4, 6))), rng.normal(size=(4, 6))
+    p = softmax(logits, 2.0)
+    expected = [4 * sum(q[i, c] * np.log(q[i, c] / p[i, c]) for c in range(6)) for i in range(4)]
+    np.testing.assert_allclose(losses.kl_by_image(tensor(np.log(q)), tensor(logits), 2.0), expected)
+
+
+def dkd_oracle(q: Array, p: Array, label: int, first: float, second: float) -> float:
+    """One image; q and p are probabilities at temperature T."""
+    others = [c for c in range(len(q)) if c != label]
+    binary = [(q[label], p[label]), (q[others].sum(), p[others].sum())]
+    among = zip(q[others] / q[others].sum(), p[others] / p[others].sum(), strict=True)
+    return first * sum(a * np.log(a / b) for a, b in binary) + second * sum(a * np.log(a / b) for a, b in among)
+
+
+def test_dkd(rng: np.random.Generator) -> None:
+    T, labels = 3.0, [2, 0, -1, 4]
+    q, logits = softmax(rng.normal(size=(4, 5)) * 2), rng.normal(size=(4, 5))
+    p = softmax(logits, T)
+    expected = [
+        T**2 * (dkd_oracle(q[i], p[i], y, 1.0, 8.0) if y >= 0 else float((q[i] * np.log(q[i] / p[i])).sum()))
+        for i, y in enumerate(labels)
+    ]
+    found = losses.dkd_by_image(tensor(np.log(q)), tensor(logits), torch.tensor(labels), T)
+    np.testing.assert_allclose(found, expected)
+
+
+def test_dkd_contains_the_kl(rng: np.random.Generator) -> None:
+    """KL = first part + what the teacher leaves to the other classes × second part (Zhao et al., equation 7)."""
+    q, logits, labels = softmax(rng.normal(size=(1, 5))), rng.normal(size=(1, 5)), torch.tensor([3])
+    weighted = losses.dkd_by_image(
+        tensor(np.log(q)), tensor(logits), labels, 1.0, other_classes_weight=float(1 - q[0, 3])
+    )
+    torch.testing.assert_close(weighted, losses.kl_by_image(tensor(np.log(q)), tensor(logits), 1.0))
+
+
+def test_dkd_hears_a_teacher_that_is_sure_beyond_the_precision_of_its_probabilities() -> None:
+    """The label's class leaves 1e-200 to the others, who still are 3 : 1 among themselves."""
+    teacher = torch.tensor([[500.0, 1.0986, 0.0]]).log_softmax(1)
+    student = torch.tensor([[5.0, 0.0, 0.0]], requires_grad=True)
+    losses.dkd_by_image(teacher, student, torch.tensor([0]), 1.0).sum().backward()  # type: ignore[no-untyped-call]
+    assert student.grad is not None
+    np.testing.assert_allclose(student.grad[0, 1:], [8 * (0.5 - 0.75), 8 * (0.5 - 0.25)], atol=0.01)
+
+
+def weighted_pearson(a: Array, b: Array, w: Array) -> float:
+    w = w / w.sum()
+    a, b = a - (w * a).sum(), b - (w * b).sum()
+    return float((w * a * b).sum() / np.sqrt((w * a * a).sum() * (w * b * b).sum()))
+
+
+def test_dist_of_one_teacher_is_that_of_its_paper(rng: np.random.Generator) -> None:
+    q, logits, T = softmax(rng.normal(size=(6, 4))), rng.normal(size=(6, 4)), 4.0
+    p = softmax(logits, T)
+    intra = np.mean([1 - np.corrcoef(q[i], p[i])[0, 1] for i in range(6)])
+    inter = np.mean([1 - np.corrcoef(q[:, c], p[:, c])[0, 1] for c in range(4)])
+    found = losses.dist(tensor(q[:, None]), tensor(logits), torch.ones(6, 1, dtype=torch.float64), T)
+    assert float(found) == pytest.approx(T**2 * (inter + intra))
+
+
+def test_dist_of_weighted_teachers(rng: np.random.Generator) -> None:
+    q, logits, w = softmax(rng.normal(size=(6, 3, 4))), rng.normal(size=(6, 4)), rng.dirichlet(np.ones(3), size=6)
+    p = softmax(logits, 2.0)
+    intra = np.mean([sum(w[i, t] * (1 - np.corrcoef(q[i, t], p[i])[0, 1]) for t in range(3)) for i in range(6)])
+    inter = sum(
+        w[:, t].mean() * np.mean([1 - weighted_pearson(q[:, t, c], p[:, c], w[:, t]) for c in range(4)])
+        for t in range(3)
+    )
+    assert float(losses.dist(tensor(q), tensor(logits), tensor(w), 2.0)) == pytest.approx(4 * (inter + intra))
+
+
+def test_dist_of_a_batch_of_one_and_of_teachers_without_an_opinion() -> None:
+    for targets in (torch.tensor([[[0.7, 0.2, 0.1]]]), torch.full((1, 1, 3), 1 / 3)):
+        logits = torch.randn(1, 3, requires_grad=True)
+        losses.dist(targets, logits, torch.ones(1, 1), 1.0).backward()  # type: ignore[no-untyped-call]
+        assert logits.grad is not None
+        assert bool(logits.grad.isfinite().all())
+
+
+def test_standardise(rng: np.random.Generator) -> None:
+    z = 7 + 3 * rng.normal(size=(2, 3, 5))
+    expected = (z - z.mean(2, keepdims=True)) / (1e-7 + z.std(2, ddof=1, keepdims=True))
+    np.testing.assert_allclose(losses.standardise(tensor(z)), expected)
+    flat = torch.ones(1, 4, requires_grad=True)
+    losses.standardise(flat).sum().backward()  # type: ignore[no-untyped-call]
+    assert flat.grad is not None
+    assert bool(flat.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("num_classes", [2, 1000])
 @pytest.mark.parametrize("batch", [1, 5])

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from kdcompress.errors import RecipeError, ShapeError
-from kdcompress.methods.amtml_kd import AMTMLKD, Regressor, pair_hints
+from kdcompress.methods.amtml_kd import AMTMLKD, pair_hints
 from kdcompress.methods.avg_kd import AverageKD
+from kdcompress.regressors import Regressor
 from kdcompress.types import UNLABELLED, EnsembleOutputs, NetworkShapes, Share, Step
 from kdcompress.weightings.base import INSTANCE, diagnose
 from kdcompress.weightings.latent_factors import LatentFactors

@@ -1,0 +1,38 @@
+"""Random teacher: in each training step one teacher drawn by lot.
+
+Idea
+    Over many steps the student hears all teachers in equal parts, but never an average. What does averaging add?
+Loss
+    w_t = 1 for the teacher drawn, 0 for all others. The lot is a function of how much of the training is done, so a
+    resumed run draws the same ones, and two runs of the same length too.
+Paper
+    A baseline of many papers, e.g. Fukuda et al., Efficient knowledge distillation from an ensemble of teachers,
+    Interspeech 2017.
+Use
+    As a baseline.
+Cost
+    None; all teachers are still asked.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kdcompress.types import Step, TeacherWeights
+from kdcompress.weightings.base import Weighting, teachers_of
+
+RESOLUTION = 2**40
+"""Steps of two trainings differ by more than 1 part in this many."""
+
+
+class RandomTeacher(Weighting):
+    """One teacher per step."""
+
+    def forward(self, step: Step) -> TeacherWeights:
+        """All weight on the teacher drawn."""
+        teachers = teachers_of(step)
+        lot = torch.Generator().manual_seed(round(step.progress * RESOLUTION))
+        number = int(torch.randint(len(teachers.teacher_ids), (), generator=lot))
+        chosen = sorted(teachers.teacher_ids)[number]
+        row = [float(teacher == chosen) for teacher in teachers.teacher_ids]
+        return torch.tensor(row, device=teachers.logits.device).expand(len(step.labels), -1)

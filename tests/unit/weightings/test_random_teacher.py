@@ -1,0 +1,23 @@
+import torch
+
+from kdcompress.weightings.random_teacher import RandomTeacher
+from tests.made_steps import make_shapes, make_step
+
+
+def test_each_step_has_one_teacher_and_all_get_their_turn() -> None:
+    shapes = make_shapes(3)
+    weighting = RandomTeacher(shapes)
+    counts = torch.zeros(3)
+    for number in range(600):
+        weights = weighting(make_step(shapes, batch=2, progress=number / 600))
+        assert torch.equal(weights[0], weights[1])
+        assert sorted(weights[0].tolist()) == [0.0, 0.0, 1.0]
+        counts += weights[0]
+    assert bool(((counts - 200).abs() < 60).all())  # five standard deviations
+
+
+def test_a_resumed_run_draws_the_same() -> None:
+    shapes = make_shapes(5)
+    steps = [make_step(shapes, progress=number / 100) for number in range(100)]
+    first, second = RandomTeacher(shapes), RandomTeacher(shapes)
+    assert all(torch.equal(first(step), second(step)) for step in steps)
