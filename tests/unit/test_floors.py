@@ -10,7 +10,7 @@ import kdcompress
 
 FLOORS = (
     {"errors"},
-    {"files", "types", "discovery"},
+    {"files", "types"},
     {"recipe"},
     {"losses", "taps", "bundle", "data", "models", "profiles", "discovery", "onnx_graph"},
     {
