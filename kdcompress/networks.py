@@ -316,6 +316,14 @@ class Student(nn.Module):
         path = find_classifier(self.network, self.preprocess.image_shape)
         return () if path is None else tuple(self.network.get_submodule(path).parameters())
 
+    def frozen_copy(self, name: str) -> Teacher:
+        """Itself as it is now, as a teacher that does not change: its own pre-trained copy in self-distillation."""
+        network = copy.deepcopy(self.tapped).release()
+        for parameter in network.parameters():
+            parameter.grad = None
+        teacher = Teacher(network, self.preprocess, name=name, stages=self.tapped.paths)
+        return teacher.to(next(self.normalise.buffers()).device)
+
     def deployable(self) -> Deployable:
         """A frozen fp32 copy in eval mode: images in [0, 1] of its own size -> logits, normalisation inside."""
         network = copy.deepcopy(self.tapped).release()

@@ -90,7 +90,9 @@ class TrainSection(Section):
 
     `milestones` are fractions of the training at which the schedule `step` cuts the rate to `decay` of itself.
     `ema` is the decay of the exponential moving average of the weights, 0 for none; `clip_norm` bounds the
-    gradient's norm; `checkpoint_minutes` is the longest time between two saved states.
+    gradient's norm; `checkpoint_minutes` is the longest time between two saved states. Where a method asks for each
+    student's own trained copy, it is trained on labels for `pretrain_epochs` (not given: as many as `epochs`) at
+    `pretrain_lr` first.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 60
@@ -110,17 +112,28 @@ class TrainSection(Section):
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
+    pretrain_epochs: Annotated[int, Field(ge=1)] | None = None
+    pretrain_lr: Annotated[float, Field(gt=0)] | None = None
 
 
 class Recipe(Section):
-    """Everything that decides a run. `seed` moves order and initial weights, not the data's seeds."""
+    """Everything that decides a run. `seed` moves order and initial weights, not the data's seeds.
+
+    `students` are several that are trained together, by a method that does so; `student` says nothing then.
+    """
 
     seed: int = 0
     data: DataSection = DataSection()
     teachers: tuple[TeacherSection, ...] = ()
     student: StudentSection = StudentSection()
+    students: tuple[StudentSection, ...] = ()
     method: MethodSection = MethodSection()
     train: TrainSection = TrainSection()
+
+    @property
+    def trained(self) -> tuple[StudentSection, ...]:
+        """The sections of all students of the run, one or more."""
+        return self.students or (self.student,)
 
 
 def recipe_folder() -> Path:
@@ -265,8 +278,8 @@ def _known_keys(path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():
             continue
-        if part == "teachers":
-            model = TeacherSection
+        if part in ("teachers", "students"):
+            model = TeacherSection if part == "teachers" else StudentSection
             continue
         annotation = model.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

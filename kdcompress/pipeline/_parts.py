@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,9 +33,9 @@ from kdcompress.pipeline._teachers import (
     saw_val,
 )
 from kdcompress.pipeline.base import RunFacts, open_splits
-from kdcompress.recipe import Recipe
+from kdcompress.recipe import Recipe, StudentSection, TrainSection
 from kdcompress.teachers import load_checkpoint
-from kdcompress.types import NetworkShapes
+from kdcompress.types import Needs, NetworkShapes
 
 LEARNING_RATES = {("sgd", True): 0.1, ("sgd", False): 0.01, ("adamw", True): 1e-3, ("adamw", False): 1e-4}
 """Peak rates where none is asked for: by the optimizer, and whether the student starts from random weights.
@@ -45,15 +47,36 @@ STATISTICS_IMAGES = 1000
 
 
 @dataclass(frozen=True)
+class Started:
+    """A student with its first weights.
+
+    Args:
+        student: not trained yet.
+        decision: where its weights come from.
+        copied: what of them, unless they are random.
+    """
+
+    student: Student
+    decision: InitDecision
+    copied: InitReport | None
+
+    def describe(self) -> dict[str, Any]:
+        """What `run.json` and the provenance keep of its start."""
+        decision, copied = self.decision, self.copied
+        start = {"kind": decision.kind, "why": decision.why, "licence": decision.licence}
+        return start | ({"copied_parameters": copied.copied_parameters} if copied else {})
+
+
+@dataclass(frozen=True)
 class Parts:
     """Everything a training needs, opened and checked before anything is written."""
 
     recipe: Recipe
     splits: Splits
     teachers: tuple[OpenedTeacher, ...]
-    student: Student
-    init: InitDecision
-    method: Method
+    students: tuple[Started, ...]
+    methods: tuple[Method, ...]
+    needs: Needs
     loader: TrainLoader
     facts: RunFacts
 
@@ -74,10 +97,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         )
     if asked.data.mixup_alpha and not needs.mixup_allowed:
         raise RecipeError(f"{asked.method.name} cannot learn from mixed images", where="data.mixup_alpha", fix="0")
-    if asked.student.arch is None:
-        raise InputError(
-            "no architecture for the student", where="--student (train: --arch)", fix="see kdcompress ls models"
-        )
+    require_students(asked, needs)
 
     checkpoints = read_checkpoints(asked.teachers)
     source = asked.data.source or next((c.metadata["data"] for c in checkpoints if c.metadata.get("data")), None)
@@ -113,37 +133,39 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         answer = {True: "yes", False: "no", None: "not known"}[seen]
         notes.append(f"teachers saw val: {answer} ({because})")
 
-    student, decision, copied = build_student(asked, splits, opened, offline=offline)
-    speak.print(f"student: {asked.student.arch}, {student.num_params:,} parameters · {decision.why}")
-    if copied is not None:
-        speak.print(f"         {copied.copied_parameters:.0%} of its parameters copied")
+    started = tuple(
+        build_student(section, asked.seed + number, splits, opened, offline=offline)
+        for number, section in enumerate(asked.trained)
+    )
+    require_different(started)
+    for new in started:
+        speak.print(f"student: {new.student.arch}, {new.student.num_params:,} parameters · {new.decision.why}")
+        if new.copied is not None:
+            speak.print(f"         {new.copied.copied_parameters:.0%} of its parameters copied")
     asked_teachers = opened if most else ()
     if opened and not most:
         notes.append(f"{asked.method.name} asks no teachers; they only matter for where the student starts")
-    shapes = NetworkShapes(
-        len(splits.classes), student.feature_shapes, tuple(one.teacher.feature_shapes for one in asked_teachers)
-    )
+    teacher_shapes = tuple(one.teacher.feature_shapes for one in asked_teachers)
     heads = [one.teacher.head for one in asked_teachers] if needs.teacher_heads else []
     notes += [
         f"the classifier of {one.teacher.name} cannot be split off; {asked.method.name} learns from its logits alone"
         for one, head in zip(asked_teachers, heads, strict=False)
         if head is None
     ]
-    method = method_class(shapes, heads, **options)
+    shapes = [NetworkShapes(len(splits.classes), one.student.feature_shapes, teacher_shapes) for one in started]
+    methods = tuple(method_class(of_one, heads, **options) for of_one in shapes)
     if needs.heldout and splits.holdout is None:
         notes.append(f"no --holdout: {asked.method.name} learns no weights for the teachers and averages them")
     for note in notes:
         speak.print(f"note: {note}")
 
-    lr = asked.train.lr or LEARNING_RATES[asked.train.optimizer, decision.kind == "random"]
+    train_section = choose_rates(asked.train, [one.decision for one in started], needs)
     if asked.train.lr is None:
-        speak.print(
-            f"learning rate: {lr:g}, for {asked.train.optimizer} from "
-            f"{'random' if decision.kind == 'random' else 'trained'} weights"
-        )
+        start = "random" if train_section.lr == LEARNING_RATES[asked.train.optimizer, True] else "trained"
+        speak.print(f"learning rate: {train_section.lr:g}, for {asked.train.optimizer} from {start} weights")
     recipe = asked.model_copy(
         update={
-            "train": asked.train.model_copy(update={"lr": lr}),
+            "train": train_section,
             "data": data,
             "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
         }
@@ -152,13 +174,68 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         teachers=tuple(describe_teacher(one, exam) for one, exam in zip(opened, exams, strict=True)),
         teachers_saw_val=seen if opened else False,
         teachers_saw_val_because=because,
-        student_saw_val={"teacher": seen, "random": False}.get(decision.kind),
-        init={"kind": decision.kind, "why": decision.why, "licence": decision.licence}
-        | ({"copied_parameters": copied.copied_parameters} if copied else {}),
+        student_saw_val=any_saw_val([{"teacher": seen, "random": False}.get(one.decision.kind) for one in started]),
+        init=started[0].describe() | ({"peers": [one.describe() for one in started[1:]]} if started[1:] else {}),
         data_digest=splits.digest,
         notes=tuple(notes),
     )
-    return Parts(recipe, splits, opened, student, decision, method, build_loader(recipe, splits), facts)
+    return Parts(recipe, splits, opened, started, methods, needs, build_loader(recipe, splits), facts)
+
+
+def require_students(asked: Recipe, needs: Needs) -> None:
+    """Refuses a number of students that the method does not train, or one without an architecture.
+
+    Raises:
+        InputError: with both numbers, or naming the flag.
+    """
+    least, most = needs.students
+    count = len(asked.trained)
+    if not least <= count <= most:
+        takes = f"{least}" if least == most else f"{least} to {most}"
+        raise InputError(
+            f"{count} {'student' if count == 1 else 'students'}, {asked.method.name} trains {takes}",
+            where="--student ARCH" if most == 1 else "--students ARCH ARCH …",
+            fix="--student resnet20" if most == 1 else "--students resnet20 mobilenet_v2",
+        )
+    if any(section.arch is None for section in asked.trained):
+        raise InputError(
+            "no architecture for the student", where="--student (train: --arch)", fix="see kdcompress ls models"
+        )
+
+
+def require_different(started: Sequence[Started]) -> None:
+    """Refuses two students that are the same network with the same weights: they would say the same for ever.
+
+    Raises:
+        InputError: naming both.
+    """
+    for (i, one), (j, other) in itertools.combinations(enumerate(started, start=1), 2):
+        mine, theirs = one.student.network.state_dict(), other.student.network.state_dict()
+        if mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine):
+            raise InputError(
+                f"students {i} and {j} are the same {one.student.arch} with the same weights, and would stay so",
+                where="--students",
+                fix="--init random, or another architecture",
+            )
+
+
+def choose_rates(asked: TrainSection, starts: Sequence[InitDecision], needs: Needs) -> TrainSection:
+    """The learning rates and pre-training that are not given: by the optimizer, and whether any student is random."""
+    first = LEARNING_RATES[asked.optimizer, any(start.kind == "random" for start in starts)]
+    if not needs.self_teacher:
+        return asked.model_copy(update={"lr": asked.lr or first})
+    return asked.model_copy(
+        update={
+            "lr": asked.lr or LEARNING_RATES[asked.optimizer, False],
+            "pretrain_lr": asked.pretrain_lr or first,
+            "pretrain_epochs": asked.pretrain_epochs or asked.epochs,
+        }
+    )
+
+
+def any_saw_val(answers: Sequence[bool | None]) -> bool | None:
+    """Yes if one did, no if none did, else not known."""
+    return True if True in answers else None if None in answers else False
 
 
 def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
@@ -184,13 +261,12 @@ def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
 
 
 def build_student(
-    recipe: Recipe, splits: Splits, teachers: Sequence[OpenedTeacher], *, offline: bool
-) -> tuple[Student, InitDecision, InitReport | None]:
+    section: StudentSection, seed: int, splits: Splits, teachers: Sequence[OpenedTeacher], *, offline: bool
+) -> Started:
     """The student with its first weights, and the normalisation that belongs to them."""
-    section = recipe.student
     assert section.arch is not None
     channels, height, _ = splits.image_shape
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(seed)
     network = build_network(
         section.arch, num_classes=len(splits.classes), in_channels=channels, image_size=height, **section.args
     )
@@ -219,7 +295,7 @@ def build_student(
         in_channels=channels,
         stages=section.stages,
     )
-    return student, decision, report
+    return Started(student, decision, report)
 
 
 def normalisation(

@@ -6,7 +6,8 @@
     run.json         what was measured before training (`RunFacts`)
     log.jsonl        one line per log point
     last.pt          the state to resume from
-    student/         the trained student, a torch bundle
+    student/         the trained student, a torch bundle; of several the best on val
+    peer-2/ …        the other students
     onnx-fp32/ …     what was made of it
     report.json      the report, and report.md made from it
 """
@@ -122,7 +123,9 @@ class RunFolder:
         file = self.path / FACTS_FILE
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            return RunFacts(**{entry.name: content[entry.name] for entry in fields(RunFacts)})
+            found = {entry.name: content[entry.name] for entry in fields(RunFacts)}
+            lists: dict[str, Any] = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+            return RunFacts(**{**found, **lists})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{FACTS_FILE} is missing or damaged", where=str(self.path)) from error
 

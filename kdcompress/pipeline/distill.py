@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,21 @@ from kdcompress.data import training_digests
 from kdcompress.display import format_seconds, open_display
 from kdcompress.errors import InputError, RecipeError
 from kdcompress.files import require_empty
-from kdcompress.networks import LiveTeachers, TeacherEnsemble, save_student
+from kdcompress.methods.supervised import Supervised
+from kdcompress.networks import LiveTeachers, Teacher, TeacherEnsemble, save_student
 from kdcompress.optim import Optimisation
 from kdcompress.pipeline._parts import Parts, choose_device, prepare
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
 from kdcompress.recipe import Recipe, build_recipe, differences, merge, read_recipe, write_recipe
 from kdcompress.teachers import build_from, load_checkpoint, save_checkpoint
 from kdcompress.train import TrainResult, train
+from kdcompress.types import NetworkShapes
 
 CHECKPOINT = "model.pt"
+PEER = "peer"
+"""The students of a run that are not the best on val are `peer-N/`, N their number from 1."""
+ALONE = "alone"
+"""Where a student's training alone lies, `alone-N/`, for methods that ask for its own trained copy."""
 
 
 def distill(
@@ -63,23 +69,30 @@ def distill(
         asked = build_recipe(content, overrides, where=f"recipe {recipe}" if recipe else "the command")
     parts = prepare(asked, speak, offline=offline)
     if not resume:
-        run = RunFolder.create(out, f"{parts.recipe.method.name}-{parts.recipe.student.arch}")
+        named = "+".join(str(section.arch) for section in parts.recipe.trained)
+        run = RunFolder.create(out, f"{parts.recipe.method.name}-{named}")
         write_recipe(parts.recipe, run.path / RECIPE_FILE)
         run.write_facts(parts.facts)
     elif parts.facts.data_digest != run.facts.data_digest:
         raise InputError("the data is not what the run began with", where=str(run.path), fix="give back the same data")
     speak.print(f"run: {run.path}")
     result = run_training(parts, run, resume=resume)
-    bundle = save_student(
-        result.students[0],
-        run.path / STUDENT,
-        classes=parts.splits.classes,
-        provenance=(describe(parts),),
-        training_digests=all_digests(parts),
-    )
     final = result.history[-1]
-    top1 = (final.val_top1_ema or final.val_top1)[0]
-    speak.print(f"done in {format_seconds(result.seconds)} · val top-1 {top1:.2%} (last epoch) · {bundle.path}")
+    top1 = final.val_top1_ema or final.val_top1
+    best = max(range(len(top1)), key=lambda index: top1[index])
+    for index in sorted(range(len(top1)), key=lambda index: index == best):  # the run is finished when STUDENT is there
+        bundle = save_student(
+            result.students[index],
+            run.path / (STUDENT if index == best else f"{PEER}-{index + 1}"),
+            classes=parts.splits.classes,
+            provenance=(describe(parts, index),),
+            training_digests=all_digests(parts, index),
+            replace=index != best,
+        )
+    told = " · ".join(f"{value:.2%}" for value in top1)
+    speak.print(f"done in {format_seconds(result.seconds)} · val top-1 {told} (last epoch) · {bundle.path}")
+    if len(top1) > 1:
+        speak.print(f"student {best + 1} ({result.students[best].arch}) is the best on val; the others are {PEER}-N/")
     if parts.facts.student_saw_val:
         speak.print("This student starts from weights that saw val, so its accuracy on val says little.")
     return run
@@ -144,47 +157,75 @@ def require_unchanged(stored: Recipe, changes: Mapping[str, Any], overrides: Seq
 
 
 def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
-    """The training itself."""
+    """The training itself; before it each student alone, where the method asks for its own trained copy."""
     settings, splits = parts.recipe.train, parts.splits
-    ensemble = TeacherEnsemble([one.teacher for one in parts.teachers]) if parts.method.shapes.teachers else None
+    students = [one.student for one in parts.students]
+    asks = parts.needs.teachers[1] > 0 and bool(parts.teachers)
+    ensemble = TeacherEnsemble([one.teacher for one in parts.teachers]) if asks else None
+    same: dict[str, Any] = {
+        "seed": parts.recipe.seed,
+        "device": choose_device(settings.device),
+        "precision": settings.precision,
+        "val": splits.val,
+        "identity": {"data": splits.digest, "views": parts.loader.views.key()},
+        "resume": resume,
+        "checkpoint_every_seconds": 60 * settings.checkpoint_minutes,
+    }
+    optimisation = Optimisation(**{f.name: getattr(settings, f.name) for f in fields(Optimisation)})
+    copies: list[Teacher] | None = None
+    if parts.needs.self_teacher:
+        assert settings.pretrain_epochs is not None
+        assert settings.pretrain_lr is not None
+        for number, student in enumerate(students, start=1):
+            console().print(f"student {number} of {len(students)}, alone, on labels:")
+            train(
+                [student],
+                [Supervised(NetworkShapes(len(splits.classes), student.feature_shapes))],
+                None,
+                parts.loader,
+                epochs=settings.pretrain_epochs,
+                optimisation=replace(optimisation, lr=settings.pretrain_lr),
+                out=run.path / f"{ALONE}-{number}",
+                display=open_display(),
+                **same,
+            )
+        copies = [student.frozen_copy(f"student {number}") for number, student in enumerate(students, start=1)]
     return train(
-        [parts.student],
-        [parts.method],
+        students,
+        parts.methods,
         LiveTeachers(ensemble) if ensemble is not None else None,
         parts.loader,
         epochs=settings.epochs,
-        optimisation=Optimisation(**{f.name: getattr(settings, f.name) for f in fields(Optimisation)}),
+        optimisation=optimisation,
         out=run.path,
         display=open_display(),
-        seed=parts.recipe.seed,
-        device=choose_device(settings.device),
-        precision=settings.precision,
         heldout=splits.holdout,
-        val=splits.val,
-        identity={"data": splits.digest, "views": parts.loader.views.key()},
-        resume=resume,
-        checkpoint_every_seconds=60 * settings.checkpoint_minutes,
+        self_teachers=copies,
+        **same,
     )
 
 
-def all_digests(parts: Parts) -> Tensor:
-    """Digests of all images that the student's weights have seen: its own, and those of the teacher it starts from."""
+def all_digests(parts: Parts, index: int) -> Tensor:
+    """Digests of all images that a student's weights have seen: its own, and those of the teacher it starts from."""
     own = training_digests(parts.splits.train)
-    start = parts.init.teacher if parts.init.kind == "teacher" else None
+    decision = parts.students[index].decision
+    start = decision.teacher if decision.kind == "teacher" else None
     before = None if start is None else parts.teachers[start].checkpoint.training_digests
     return own if before is None else torch.unique(torch.cat([own, before]))
 
 
-def describe(parts: Parts) -> dict[str, Any]:
-    """The first link of the student's provenance."""
+def describe(parts: Parts, index: int) -> dict[str, Any]:
+    """The first link of a student's provenance."""
     recipe = parts.recipe
     kept = ("name", "arch", "digest", "licence")
+    several: dict[str, Any] = {"students": [one.student.arch for one in parts.students]}
     return provenance_step(
-        "distill" if parts.teachers else "train",
+        "distill" if parts.teachers or len(parts.students) > 1 else "train",
         method={"name": recipe.method.name, **recipe.method.options},
         train=recipe.train.model_dump(mode="json", exclude={"device", "checkpoint_minutes"}),
         seed=recipe.seed,
         data=parts.splits.digest,
-        init=parts.facts.init,
+        init=parts.students[index].describe(),
         teachers=[{key: teacher[key] for key in kept} for teacher in parts.facts.teachers],
+        **(several if len(parts.students) > 1 else {}),
     )

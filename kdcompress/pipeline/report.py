@@ -146,7 +146,9 @@ def build_rows(
         params, macs, size = (sum(column) for column in zip(*costs.values(), strict=True))
         rows.append(row(ENSEMBLE, "ensemble", format="torch", precision="fp32", params=params, macs=macs, size_mb=size))
     students = [bundle for bundle in bundles.values() if bundle.kind == "torch"]
-    macs = count_macs(load_student(students[0]).deployable(), splits.image_shape)
+    work = {
+        (one.arch, one.num_params): count_macs(load_student(one).deployable(), splits.image_shape) for one in students
+    }
     return rows + [
         row(
             name,
@@ -154,7 +156,7 @@ def build_rows(
             format=bundle.kind,
             precision=bundle.precision,
             params=bundle.num_params,
-            macs=macs,
+            macs=work[bundle.arch, bundle.num_params],
             size_mb=bundle.size_mb,
         )
         for name, bundle in bundles.items()

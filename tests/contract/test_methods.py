@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from kdcompress.discovery import CARD_HEADINGS, list_options
 from kdcompress.errors import RecipeError
 from kdcompress.methods.base import Method, card, check_options, find_method, list_methods
-from kdcompress.types import LossTerms, NetworkShapes, Share, Step
+from kdcompress.types import LossTerms, NetworkShapes, Outputs, Share, Step
 from kdcompress.weightings.base import list_weightings
 from tests.made_steps import TinyStudent, make_heads, make_shapes, make_step, permute_teachers
 
@@ -33,6 +34,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"mix": "losses", "loss": "dkd", "standardise": True},
         {"mix": "losses", "loss": "dist"},
     ],
+    "ctsl-mkt": [{}, {"relations": "features"}],
     "ca-mkd": [{}, {"normalise": "official"}, {"loss": "dkd"}],
     "weighted-kd": [{"weighting": name} for name in list_weightings()],
 }
@@ -104,7 +106,7 @@ class FrozenHead(nn.Module):
 
 
 def test_the_known_ones_are_found() -> None:
-    assert {"amtml-kd", "avg-kd", "ca-mkd", "supervised", "weighted-kd"} <= set(list_methods())
+    assert {"amtml-kd", "avg-kd", "ca-mkd", "ctsl-mkt", "dml", "supervised", "weighted-kd"} <= set(list_methods())
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -276,14 +278,17 @@ def test_classes_of_no_probability_do_not_change_the_soft_targets(
         pytest.skip("the mean over the classes is part of this loss")
     if step.teachers is None:
         pytest.skip("no teachers")
-    wider = torch.nn.functional.pad(step.student.logits, (0, num_classes - 5), value=-1e4)
+
+    def padded(outputs: Outputs) -> Outputs:
+        return replace(outputs, logits=F.pad(outputs.logits, (0, num_classes - 5), value=-1e4))
+
     many = Step(
         labels=step.labels,
-        label_targets=torch.nn.functional.pad(step.label_targets, (0, num_classes - 5)),
-        student=replace(step.student, logits=wider),
-        teachers=replace(
-            step.teachers, logits=torch.nn.functional.pad(step.teachers.logits, (0, num_classes - 5), value=-1e4)
-        ),
+        label_targets=F.pad(step.label_targets, (0, num_classes - 5)),
+        student=padded(step.student),
+        teachers=replace(step.teachers, logits=F.pad(step.teachers.logits, (0, num_classes - 5), value=-1e4)),
+        peers=tuple(padded(peer) for peer in step.peers),
+        self_teacher=None if step.self_teacher is None else padded(step.self_teacher),
     )
     value = build(name, options, replace(shapes, num_classes=num_classes))(many).terms["soft_targets"].value
     torch.testing.assert_close(value, few["soft_targets"].value)
@@ -316,3 +321,15 @@ def test_nothing_of_the_teachers_is_trained_or_saved(name: str, options: dict[st
     assert all(parameter.grad is None for head in heads for parameter in head.parameters())
     if step.teachers is not None:
         assert not step.teachers.logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [case for case in CASES if find_method(str(case.values[0])).needs().teachers[0] == 0]
+)
+def test_teachers_may_be_missing(name: str, options: dict[str, Any]) -> None:
+    shapes = make_shapes(0)
+    step = step_for(name, options, shapes)
+    value = total(build(name, options, shapes)(step))
+    value.backward()  # type: ignore[no-untyped-call]
+    assert bool(value.isfinite())
+    assert step.student.logits.grad is not None
