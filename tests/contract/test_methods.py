@@ -36,6 +36,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "ctsl-mkt": [{}, {"relations": "features"}],
     "ca-mkd": [{}, {"normalise": "official"}, {"loss": "dkd"}],
+    "ae-kd": [{}, {"loss": "dkd"}],
+    "fitnet-mkd": [{}, {"loss": "dist"}],
+    "rkd": [{}, {"relations": "logits"}],
     "weighted-kd": [{"weighting": name} for name in list_weightings()],
 }
 """Options that make a method another one; only the defaults where nothing stands here."""
@@ -106,6 +109,7 @@ class FrozenHead(nn.Module):
 
 
 def test_the_known_ones_are_found() -> None:
+    assert {"ae-kd", "fitnet-mkd", "rkd"} <= set(list_methods())
     assert {"amtml-kd", "avg-kd", "ca-mkd", "ctsl-mkt", "dml", "supervised", "weighted-kd"} <= set(list_methods())
 
 

@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from kdcompress.errors import ShapeError
+from kdcompress.methods.fitnet_mkd import FitNetMKD, middle_stage
+from kdcompress.types import NetworkShapes
+from tests.made_steps import STAGES, make_shapes, make_step
+
+
+def test_the_hints_against_the_equation() -> None:
+    shapes = make_shapes(2)
+    method, step = FitNetMKD(shapes), make_step(shapes)
+    assert step.teachers is not None
+    maps, errors = step.student.features["stage2"].detach().double().numpy(), []
+    for regressor, features in zip(method.regressors, step.teachers.features, strict=True):
+        kernel = regressor.convolution.weight.detach().double().numpy()[:, :, 0, 0]  # type: ignore[union-attr,operator]
+        r = np.einsum("oc,bchw->bohw", kernel, maps)
+        r = (r - r.mean((0, 2, 3), keepdims=True)) / np.sqrt(r.var((0, 2, 3), keepdims=True) + 1e-5)
+        errors.append(((np.maximum(r, 0) - features["stage2"].double().numpy()) ** 2).mean())
+    term = method(step).terms["hints"]
+    assert float(term.value.detach()) == pytest.approx(np.mean(errors), rel=1e-5)
+    assert term.weight == 100.0
+
+
+def test_the_hints_have_a_gradient() -> None:
+    """They have none in the released code (defect C1)."""
+    shapes = make_shapes(2)
+    method, step = FitNetMKD(shapes), make_step(shapes)
+    method(step).terms["hints"].value.backward()
+    assert float(step.student.features["stage2"].grad.abs().min()) > 0  # type: ignore[union-attr]
+    assert all(parameter.grad is not None for parameter in method.parameters())
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, "stage1"), (2, "stage1"), (3, "stage2"), (4, "stage2")])
+def test_the_middle(count: int, expected: str) -> None:
+    assert middle_stage({f"stage{n}": (3, 4, 4) for n in range(1, count + 1)}, "x") == expected
+
+
+def test_a_teacher_without_maps_is_named() -> None:
+    with pytest.raises(ShapeError, match="teacher 2 has no feature maps"):
+        FitNetMKD(NetworkShapes(5, STAGES, (STAGES, {})))
