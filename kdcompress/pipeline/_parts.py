@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from kdcompress.bundle import Preprocess
-from kdcompress.data import Splits, TrainLoader, build_views, unit_interval
+from kdcompress.data import Splits, TrainLoader, build_views, unit_interval, whole_source
 from kdcompress.discovery import check_options
 from kdcompress.errors import InputError, RecipeError
-from kdcompress.init import InitDecision, InitReport, initialise, resolve_init
+from kdcompress.init import InitDecision, InitReport, initialise, names_file, resolve_init
 from kdcompress.methods.base import Method, find_method
 from kdcompress.models import build_network, published_weights
 from kdcompress.networks import Student
@@ -136,12 +137,14 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
             f"learning rate: {lr:g}, for {asked.train.optimizer} from "
             f"{'random' if decision.kind == 'random' else 'trained'} weights"
         )
-    recipe = asked.model_copy(
-        update={
-            "train": asked.train.model_copy(update={"lr": lr}),
-            "data": data,
-            "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
-        }
+    recipe = with_whole_paths(
+        asked.model_copy(
+            update={
+                "train": asked.train.model_copy(update={"lr": lr}),
+                "data": data,
+                "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
+            }
+        )
     )
     facts = RunFacts(
         teachers=tuple(describe_teacher(one, exam) for one, exam in zip(opened, exams, strict=True)),
@@ -154,6 +157,18 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         notes=tuple(notes),
     )
     return Parts(recipe, splits, opened, student, decision, method, build_loader(recipe, splits), facts)
+
+
+def with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with the files it names as absolute paths, so that it means the same from any folder."""
+    data, student = recipe.data, recipe.student
+    paths = {key: str(Path(path).resolve()) for key in ("holdout", "unlabeled") if (path := getattr(data, key))}
+    if data.source is not None:
+        paths["source"] = whole_source(data.source)
+    start = str(Path(student.init).resolve()) if names_file(student.init) else student.init
+    return recipe.model_copy(
+        update={"data": data.model_copy(update=paths), "student": student.model_copy(update={"init": start})}
+    )
 
 
 def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
@@ -252,7 +267,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise RecipeError(f"no device is called {name!r}", where="train.device", fix="auto, cpu or cuda") from error
+    try:
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(

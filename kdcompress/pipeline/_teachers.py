@@ -61,8 +61,7 @@ def read_checkpoints(sections: Sequence[TeacherSection]) -> tuple[LoadedCheckpoi
     for checkpoint in found[1:]:
         if checkpoint.num_classes != found[0].num_classes:
             raise ShapeError(
-                f"{found[0].path.name} has {found[0].num_classes} classes, {checkpoint.path.name} has "
-                f"{checkpoint.num_classes}",
+                f"{found[0].path} has {found[0].num_classes} classes, {checkpoint.path} has {checkpoint.num_classes}",
                 where="--teachers",
                 fix="teachers of one ensemble answer for the same classes",
             )

@@ -17,7 +17,7 @@ from kdcompress.errors import InputError, RecipeError
 from kdcompress.files import require_empty
 from kdcompress.networks import LiveTeachers, TeacherEnsemble, save_student
 from kdcompress.optim import Optimisation
-from kdcompress.pipeline._parts import Parts, choose_device, prepare
+from kdcompress.pipeline._parts import Parts, choose_device, prepare, with_whole_paths
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
 from kdcompress.recipe import Recipe, build_recipe, differences, merge, read_recipe, write_recipe
 from kdcompress.teachers import build_from, load_checkpoint, save_checkpoint
@@ -51,6 +51,7 @@ def distill(
     speak = console()
     if resume:
         run = RunFolder.open(out)
+        speak.print(f"run: {run.path}" + ("" if out else " (the newest)"))
         asked = run.recipe
         require_unchanged(asked, changes, overrides, recipe)
         if (run.path / STUDENT).exists():
@@ -66,9 +67,9 @@ def distill(
         run = RunFolder.create(out, f"{parts.recipe.method.name}-{parts.recipe.student.arch}")
         write_recipe(parts.recipe, run.path / RECIPE_FILE)
         run.write_facts(parts.facts)
+        speak.print(f"run: {run.path}")
     elif parts.facts.data_digest != run.facts.data_digest:
         raise InputError("the data is not what the run began with", where=str(run.path), fix="give back the same data")
-    speak.print(f"run: {run.path}")
     result = run_training(parts, run, resume=resume)
     bundle = save_student(
         result.students[0],
@@ -134,7 +135,7 @@ def require_unchanged(stored: Recipe, changes: Mapping[str, Any], overrides: Seq
             f"other teachers: {', '.join(named)}; the run has {', '.join(t.path for t in stored.teachers)}",
             where="--resume",
         )
-    changed = differences(stored, build_recipe(asked, overrides))
+    changed = differences(stored, with_whole_paths(build_recipe(asked, overrides)))
     if changed:
         raise RecipeError(
             f"the run has another recipe: {'; '.join(changed)}",
