@@ -14,7 +14,7 @@ from kdcompress.bundle import provenance_step
 from kdcompress.data import training_digests
 from kdcompress.display import format_seconds, open_display
 from kdcompress.errors import InputError, RecipeError
-from kdcompress.files import require_empty
+from kdcompress.files import atomic_folder, require_empty
 from kdcompress.networks import LiveTeachers, TeacherEnsemble, save_student
 from kdcompress.optim import Optimisation
 from kdcompress.pipeline._parts import Parts, choose_device, prepare, with_whole_paths
@@ -65,8 +65,9 @@ def distill(
     parts = prepare(asked, speak, offline=offline)
     if not resume:
         run = RunFolder.create(out, f"{parts.recipe.method.name}-{parts.recipe.student.arch}")
-        write_recipe(parts.recipe, run.path / RECIPE_FILE)
-        run.write_facts(parts.facts)
+        with atomic_folder(run.path) as folder:  # a run that is killed can be resumed, or has no folder yet
+            write_recipe(parts.recipe, folder / RECIPE_FILE)
+            RunFolder(folder).write_facts(parts.facts)
         speak.print(f"run: {run.path}")
     elif parts.facts.data_digest != run.facts.data_digest:
         raise InputError("the data is not what the run began with", where=str(run.path), fix="give back the same data")
