@@ -26,7 +26,7 @@ from kdcompress.pipeline._teachers import (
     image_size,
     open_teacher,
     read_checkpoints,
-    require_same_classes,
+    require_fitting,
     resolved,
     sample_of,
     saw_val,
@@ -90,7 +90,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     speak.print(describe_splits(splits))
     for note in splits.notes:
         speak.print(f"note: {note}")
-    require_same_classes(checkpoints, splits)
+    require_fitting(checkpoints, splits)
 
     opened = tuple(
         open_teacher(section, checkpoint, number, splits.image_shape, partial(sample_of, splits))

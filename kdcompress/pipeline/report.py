@@ -25,7 +25,7 @@ from kdcompress.pipeline._teachers import (
     open_predictor,
     open_teacher,
     read_checkpoints,
-    require_same_classes,
+    require_fitting,
     sample_of,
 )
 from kdcompress.pipeline.base import RunFolder, console, open_splits, require_classes
@@ -76,7 +76,7 @@ def report(
     changes = {key: value for key, value in (("source", data), ("holdout", holdout)) if value is not None}
     splits = open_splits(recipe.data.model_copy(update=changes))
     checkpoints = read_checkpoints(recipe.teachers)
-    require_same_classes(checkpoints, splits)
+    require_fitting(checkpoints, splits)
     shape, sections = splits.image_shape, recipe.teachers
     teachers = [
         open_teacher(section, checkpoint, number, shape).teacher
@@ -201,7 +201,7 @@ def evaluate_one(model: str, *, data: str, as_json: bool = False) -> Accuracy:
         section = TeacherSection(path=model)
         checkpoints = read_checkpoints((section,))
         splits = load_splits(data, image_size=image_size((section,), checkpoints))
-        require_same_classes(checkpoints, splits)
+        require_fitting(checkpoints, splits)
         opened = open_teacher(section, checkpoints[0], 1, splits.image_shape, partial(sample_of, splits))
         predictor, normalisation = opened.teacher.predict, opened.origin
     accuracy = evaluate(predictor, eval_batches(splits.test, len(splits.classes)), len(splits.classes))
