@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 
 from kdcompress.bundle import Preprocess
 from kdcompress.data import Splits, TrainLoader, build_views, eval_batches, load_splits
+from kdcompress.discovery import check_options
 from kdcompress.display import open_display
 from kdcompress.evaluate import evaluate
 from kdcompress.init import initialise, resolve_init
@@ -32,12 +34,8 @@ from kdcompress.recipe import TeacherSection
 from kdcompress.train import train
 from kdcompress.types import NetworkShapes
 
-METHODS: dict[str, tuple[str, dict[str, str]]] = {
-    "supervised": ("supervised", {}),
-    "avg-kd": ("avg-kd", {}),
-    "amtml-kd (repaired)": ("amtml-kd", {"variant": "repaired"}),
-    "amtml-kd (paper)": ("amtml-kd", {"variant": "paper"}),
-}
+METHODS = ("supervised", "avg-kd", "amtml-kd variant=repaired", "amtml-kd variant=paper")
+"""Each a name and its options, as one word on the command line."""
 
 
 def open_teachers(paths: list[str], splits: Splits) -> list[Teacher]:
@@ -64,10 +62,12 @@ def build_student(arch: str, init: str, seed: int, splits: Splits, teachers: lis
     return Student(network, preprocess, arch=arch, arch_args={}, num_classes=len(splits.classes), in_channels=channels)
 
 
-def build_method(name: str, seed: int, student: Student, teachers: list[Teacher]) -> Method:
-    """The method with its defaults."""
-    method, options = METHODS[name]
-    found = find_method(method)
+def build_method(text: str, seed: int, student: Student, teachers: list[Teacher]) -> Method:
+    """The method that "amtml-kd variant=paper" means."""
+    name, *words = text.split()
+    found = find_method(name)
+    given = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+    options = check_options(found, given)
     asked = teachers if found.needs(**options).teachers[1] else []
     torch.manual_seed(seed)
     shapes = NetworkShapes(student.num_classes, student.feature_shapes, tuple(t.feature_shapes for t in asked))
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--holdout", type=Path, required=True)
     parser.add_argument("--teachers", nargs="+", required=True)
     parser.add_argument("--student", default="resnet20")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--init", default="teacher")
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--on-holdout", action="store_true", help="score on the holdout: to choose a learning rate")
-    parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="one folder for each set of arguments")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
 
@@ -104,7 +104,9 @@ def main() -> None:
     }
     known = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
     for seed in chosen.seeds:
-        if any(row["seed"] == seed and row["setting"] == setting for row in known):
+        if all(
+            any((r["method"], r["seed"], r["setting"]) == (m, seed, setting) for r in known) for m in chosen.methods
+        ):
             continue
         students = [build_student(chosen.student, chosen.init, seed, splits, teachers) for _ in chosen.methods]
         methods = [build_method(name, seed, s, teachers) for name, s in zip(chosen.methods, students, strict=True)]
@@ -118,7 +120,7 @@ def main() -> None:
             loader,
             epochs=chosen.epochs,
             optimisation=Optimisation(lr=chosen.lr),
-            out=chosen.runs / f"{chosen.init}-{chosen.lr:g}-{chosen.limit}-{chosen.epochs}-seed{seed}",
+            out=chosen.runs / f"{chosen.init}-seed{seed}",
             display=open_display(),
             seed=seed,
             precision=chosen.precision,
@@ -132,7 +134,7 @@ def main() -> None:
             row |= {"instruction_sets": describe_machine()["instruction_sets"], "torch": versions()["torch"]}
             with chosen.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{name:<22} seed {seed} top-1 {accuracy.top1:.2%}", flush=True)
+            print(f"{name:<26} seed {seed} top-1 {accuracy.top1:.2%}", flush=True)
 
 
 if __name__ == "__main__":

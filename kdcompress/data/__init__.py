@@ -1,5 +1,6 @@
 """Data sets, their splits, seeded views and loaders."""
 
+from kdcompress.data._sources import whole_source
 from kdcompress.data.base import ConcatSet, ImageSet, MemorySet, Split, Views, pick_views, unit_interval
 from kdcompress.data.contamination import seen_fraction, training_digests
 from kdcompress.data.loader import TrainLoader, eval_batches, label_targets
@@ -26,4 +27,5 @@ __all__ = [
     "seen_fraction",
     "training_digests",
     "unit_interval",
+    "whole_source",
 ]

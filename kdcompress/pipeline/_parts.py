@@ -6,16 +6,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from kdcompress.bundle import Preprocess
-from kdcompress.data import Splits, TrainLoader, build_views, unit_interval
+from kdcompress.data import Splits, TrainLoader, build_views, unit_interval, whole_source
 from kdcompress.discovery import check_options
 from kdcompress.errors import InputError, RecipeError
-from kdcompress.init import InitDecision, InitReport, initialise, resolve_init
+from kdcompress.init import InitDecision, InitReport, initialise, names_file, resolve_init
 from kdcompress.methods.base import Method, find_method
 from kdcompress.models import build_network, published_weights
 from kdcompress.networks import Student
@@ -27,7 +28,7 @@ from kdcompress.pipeline._teachers import (
     image_size,
     open_teacher,
     read_checkpoints,
-    require_same_classes,
+    require_fitting,
     resolved,
     sample_of,
     saw_val,
@@ -109,7 +110,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     speak.print(describe_splits(splits))
     for note in splits.notes:
         speak.print(f"note: {note}")
-    require_same_classes(checkpoints, splits)
+    require_fitting(checkpoints, splits)
 
     opened = tuple(
         open_teacher(section, checkpoint, number, splits.image_shape, partial(sample_of, splits))
@@ -163,12 +164,14 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     if asked.train.lr is None:
         start = "random" if train_section.lr == LEARNING_RATES[asked.train.optimizer, True] else "trained"
         speak.print(f"learning rate: {train_section.lr:g}, for {asked.train.optimizer} from {start} weights")
-    recipe = asked.model_copy(
-        update={
-            "train": train_section,
-            "data": data,
-            "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
-        }
+    recipe = with_whole_paths(
+        asked.model_copy(
+            update={
+                "train": train_section,
+                "data": data,
+                "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
+            }
+        )
     )
     facts = RunFacts(
         teachers=tuple(describe_teacher(one, exam) for one, exam in zip(opened, exams, strict=True)),
@@ -236,6 +239,26 @@ def choose_rates(asked: TrainSection, starts: Sequence[InitDecision], needs: Nee
 def any_saw_val(answers: Sequence[bool | None]) -> bool | None:
     """Yes if one did, no if none did, else not known."""
     return True if True in answers else None if None in answers else False
+
+
+def with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with the files it names as absolute paths, so that it means the same from any folder."""
+    data = recipe.data
+    paths = {key: str(Path(path).resolve()) for key in ("holdout", "unlabeled") if (path := getattr(data, key))}
+    if data.source is not None:
+        paths["source"] = whole_source(data.source)
+
+    def whole(student: StudentSection) -> StudentSection:
+        start = str(Path(student.init).resolve()) if names_file(student.init) else student.init
+        return student.model_copy(update={"init": start})
+
+    return recipe.model_copy(
+        update={
+            "data": data.model_copy(update=paths),
+            "student": whole(recipe.student),
+            "students": tuple(whole(student) for student in recipe.students),
+        }
+    )
 
 
 def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
@@ -333,7 +356,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise RecipeError(f"no device is called {name!r}", where="train.device", fix="auto, cpu or cuda") from error
+    try:
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(

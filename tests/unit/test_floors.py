@@ -32,6 +32,7 @@ FLOORS = (
     {"train", "quantize", "export", "report"},
     {"pipeline"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 ROOT = Path(kdcompress.__file__).parent
