@@ -69,6 +69,11 @@ class Preprocess:
             raise BundleError(f"a std must be positive, got {self.std}")
 
     @property
+    def square_side(self) -> int | None:
+        """Its size in pixels where it is a square."""
+        return self.height if self.height == self.width else None
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
         return self.channels, self.height, self.width

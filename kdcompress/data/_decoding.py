@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
@@ -46,12 +46,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What one image is: `bits` per value, and its shape."""
+    """What one image is: `bits` per value, and its shape; and whether any image had to be `resized` for it."""
 
     channels: int
     height: int
     width: int
     bits: Literal[8, 16] = 8
+    resized: bool = field(default=False, compare=False)
 
     @property
     def dtype(self) -> type[np.uint8] | type[np.int32]:
@@ -384,4 +385,5 @@ def common_format(reader: Reader, image_size: int | None, workers: int) -> tuple
         which = f"images of {len(sizes)} different sizes" if len(sizes) > 1 else f"images of {found[0].width} pixels"
         notes.append(f"{which} are resized and cut to {height} × {width}; data.image_size chooses another size")
     bits: Literal[8, 16] = 16 if any(one.bits == 16 for one in found) else 8
-    return PixelFormat(found[0].channels if len(channels) == 1 else 3, height, width, bits), tuple(notes)
+    resized = sizes != {(height, width)}
+    return PixelFormat(found[0].channels if len(channels) == 1 else 3, height, width, bits, resized), tuple(notes)

@@ -195,7 +195,7 @@ def evaluate_one(model: str, *, data: str, as_json: bool = False) -> Accuracy:
     """
     if (Path(model) / BUNDLE_FILE).is_file():
         bundle = read_bundle(Path(model))
-        splits = load_splits(data, image_size=bundle.preprocess.height)
+        splits = load_splits(data, image_size=bundle.preprocess.square_side)
         require_classes(bundle, splits)
         predictor, normalisation = open_bundle(bundle), "inside"
     else:

@@ -276,6 +276,7 @@ def test_the_common_format(
     reader = reader_of(tmp_path, *(encoded(noise(number, shape)) for number, shape in enumerate(shapes)))
     found, notes = common_format(reader, size, workers=1)
     assert (found.channels, found.height, found.width) == expected
+    assert found.resized == any(shape[:2] != expected[1:] for shape in shapes)
     assert all(word in " ".join(notes) for word in words)
     assert bool(notes) == bool(words)
 
