@@ -23,6 +23,7 @@ from kdcompress.data._resizing import resize
 from kdcompress.data._stores import Ends, Store, ends_of
 from kdcompress.data.base import ImageSet, MemorySet, Pixels, available_cores, pixel_digest
 from kdcompress.errors import DataError, KdcompressError
+from kdcompress.resizing import cover_and_cut
 
 MEMORY_LIMIT = 2 * 10**9
 """Decoded bytes up to which a set is held in memory."""
@@ -228,11 +229,14 @@ def conform(pixels: np.ndarray, wanted: PixelFormat) -> np.ndarray:
 
 
 def _cover(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    scale = max(height / pixels.shape[1], width / pixels.shape[2])
-    size = max(height, round(pixels.shape[1] * scale)), max(width, round(pixels.shape[2] * scale))
-    images = resize(torch.from_numpy(np.array(pixels))[None], size)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cut: np.ndarray = images[0, :, top : top + height, left : left + width].numpy()
+    scaled, (top, left) = cover_and_cut(pixels.shape[1], pixels.shape[2], height, width)
+    if pixels.dtype == np.uint8:  # to the last bit as whoever resizes with Pillow before a deployed model
+        size = scaled[1], scaled[0]
+        parts = [Image.fromarray(part).resize(size, Image.Resampling.BILINEAR) for part in pixels]
+        images: np.ndarray = np.stack([np.asarray(part) for part in parts])
+    else:
+        images = resize(torch.from_numpy(np.array(pixels))[None], scaled)[0].numpy()
+    cut: np.ndarray = images[:, top : top + height, left : left + width]
     return cut
 
 
