@@ -142,6 +142,11 @@ def align(
     return _pool(one, size), _pool(other, size)
 
 
+def global_average(features: FeatureMap) -> Float[Tensor, "batch channels 1 1"]:
+    """The mean over all positions, in fp32. A map that is pooled already stays as it is."""
+    return full_precision(features).mean((2, 3), keepdim=True)
+
+
 def _pool(features: Tensor, size: tuple[int, int]) -> Tensor:
     return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
 

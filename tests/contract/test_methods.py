@@ -16,7 +16,13 @@ from kdcompress.types import LossTerms, NetworkShapes, Share, Step
 from tests.made_steps import TinyStudent, make_shapes, make_step
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "amtml-kd": [{}, {"variant": "paper"}, {"variant": "paper", "official_compat": True}],
+    "amtml-kd": [
+        {},
+        {"hint_pool": "pooled"},
+        {"variant": "paper"},
+        {"variant": "paper", "hint_pool": "pooled"},
+        {"variant": "paper", "official_compat": True},
+    ],
 }
 """Options that make a method another one; only the defaults where nothing stands here."""
 CASES = [
