@@ -111,6 +111,21 @@ class TrainSection(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
 
 
+class CacheSection(Section):
+    """Whether what the teachers say is stored, and replayed by every later run (`kdcompress cache`).
+
+    `views` fixed views of each image are shown in turn, and the teachers are asked for them before the training; a
+    number no smaller than the space of views keeps all of it, and the training is what it is without a cache. `max_gb`
+    bounds all caches in `dir` together. `top_k` logits of each teacher are kept, by default all of up to 256 classes.
+    """
+
+    enabled: bool = False
+    dir: str | None = None
+    views: Annotated[int, Field(ge=1)] = 8
+    max_gb: Annotated[float, Field(gt=0)] = 10.0
+    top_k: Annotated[int, Field(ge=1)] | None = None
+
+
 class Recipe(Section):
     """Everything that decides a run. `seed` moves order and initial weights, not the data's seeds."""
 
@@ -120,6 +135,7 @@ class Recipe(Section):
     student: StudentSection = StudentSection()
     method: MethodSection = MethodSection()
     train: TrainSection = TrainSection()
+    cache: CacheSection = CacheSection()
 
 
 def recipe_folder() -> Path:

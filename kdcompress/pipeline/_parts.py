@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from kdcompress.bundle import Preprocess
 from kdcompress.data import Splits, TrainLoader, build_views, unit_interval
@@ -33,7 +34,7 @@ from kdcompress.pipeline._teachers import (
 from kdcompress.pipeline.base import RunFacts, open_splits
 from kdcompress.recipe import Recipe
 from kdcompress.teachers import load_checkpoint
-from kdcompress.types import NetworkShapes
+from kdcompress.types import Needs, NetworkShapes
 
 STATISTICS_IMAGES = 1000
 """Training images whose mean and standard deviation normalise a student that starts from nothing."""
@@ -49,8 +50,15 @@ class Parts:
     student: Student
     init: InitDecision
     method: Method
+    needs: Needs
     loader: TrainLoader
     facts: RunFacts
+
+    @property
+    def seen_before(self) -> Tensor | None:
+        """Sorted digests of the images that the weights have seen that the student starts from, where known."""
+        start = self.init.teacher if self.init.kind == "teacher" else None
+        return None if start is None else self.teachers[start].checkpoint.training_digests
 
 
 def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
@@ -141,11 +149,12 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         data_digest=splits.digest,
         notes=tuple(notes),
     )
-    return Parts(recipe, splits, opened, student, decision, method, build_loader(recipe, splits), facts)
+    loader = build_loader(recipe, splits, cached=bool(asked_teachers) and recipe.cache.enabled)
+    return Parts(recipe, splits, opened, student, decision, method, needs, loader, facts)
 
 
-def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
-    """The training images in the views of the recipe."""
+def build_loader(recipe: Recipe, splits: Splits, *, cached: bool = False) -> TrainLoader:
+    """The training images in the views of the recipe; with a cache, in the fixed views that it will hold."""
     data, train_ = recipe.data, recipe.train
     views = build_views(
         data.views,
@@ -155,6 +164,7 @@ def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
         num_images=len(splits.train),
         view_seed=data.view_seed,
     )
+    fixed = min(recipe.cache.views, train_.epochs) if cached and recipe.cache.views < views.num_views else None
     return TrainLoader(
         splits.train,
         views,
@@ -163,6 +173,7 @@ def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
         seed=recipe.seed,
         label_smoothing=train_.label_smoothing,
         workers=data.workers,
+        num_fixed_views=fixed,
     )
 
 

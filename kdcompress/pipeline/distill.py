@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from kdcompress.bundle import provenance_step
 from kdcompress.data import training_digests
 from kdcompress.display import format_seconds, open_display
 from kdcompress.errors import InputError, RecipeError
-from kdcompress.networks import LiveTeachers, TeacherEnsemble, save_student
+from kdcompress.networks import save_student
 from kdcompress.optim import Optimisation
+from kdcompress.pipeline._answers import Answers, open_answers
 from kdcompress.pipeline._parts import Parts, choose_device, prepare
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
 from kdcompress.recipe import Recipe, build_recipe, differences, merge, read_recipe, write_recipe
@@ -66,13 +68,16 @@ def distill(
     elif parts.facts.data_digest != run.facts.data_digest:
         raise InputError("the data is not what the run began with", where=str(run.path), fix="give back the same data")
     speak.print(f"run: {run.path}")
-    result = run_training(parts, run, resume=resume)
+    seen = all_digests(parts)
+    with contextlib.closing(open_answers(parts, speak)) as answers:
+        parts = replace(parts, teachers=())  # whoever still has to ask them holds them
+        result = run_training(parts, answers, run, resume=resume)
     bundle = save_student(
         result.students[0],
         run.path / STUDENT,
         classes=parts.splits.classes,
         provenance=(describe(parts),),
-        training_digests=all_digests(parts),
+        training_digests=seen,
     )
     final = result.history[-1]
     top1 = (final.val_top1_ema or final.val_top1)[0]
@@ -140,14 +145,13 @@ def require_unchanged(stored: Recipe, changes: Mapping[str, Any], overrides: Seq
         )
 
 
-def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
+def run_training(parts: Parts, answers: Answers, run: RunFolder, *, resume: bool) -> TrainResult:
     """The training itself."""
     settings, splits = parts.recipe.train, parts.splits
-    ensemble = TeacherEnsemble([one.teacher for one in parts.teachers]) if parts.method.shapes.teachers else None
     return train(
         [parts.student],
         [parts.method],
-        LiveTeachers(ensemble) if ensemble is not None else None,
+        answers.training,
         parts.loader,
         epochs=settings.epochs,
         optimisation=Optimisation(**{f.name: getattr(settings, f.name) for f in fields(Optimisation)}),
@@ -157,8 +161,13 @@ def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
         device=choose_device(settings.device),
         precision=settings.precision,
         heldout=splits.holdout,
+        heldout_teachers=answers.heldout,
         val=splits.val,
-        identity={"data": splits.digest, "views": parts.loader.views.key()},
+        identity={
+            "data": splits.digest,
+            "views": parts.loader.views.key(),
+            "fixed views": parts.loader.num_fixed_views,
+        },
         resume=resume,
         checkpoint_every_seconds=60 * settings.checkpoint_minutes,
     )
@@ -167,8 +176,7 @@ def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
 def all_digests(parts: Parts) -> Tensor:
     """Digests of all images that the student's weights have seen: its own, and those of the teacher it starts from."""
     own = training_digests(parts.splits.train)
-    start = parts.init.teacher if parts.init.kind == "teacher" else None
-    before = None if start is None else parts.teachers[start].checkpoint.training_digests
+    before = parts.seen_before
     return own if before is None else torch.unique(torch.cat([own, before]))
 
 
@@ -177,9 +185,10 @@ def describe(parts: Parts) -> dict[str, Any]:
     recipe = parts.recipe
     kept = ("name", "arch", "digest", "licence")
     return provenance_step(
-        "distill" if parts.teachers else "train",
+        "distill" if recipe.teachers else "train",
         method={"name": recipe.method.name, **recipe.method.options},
         train=recipe.train.model_dump(mode="json", exclude={"device", "checkpoint_minutes"}),
+        cache=recipe.cache.model_dump(mode="json", include={"views", "top_k"}) if recipe.cache.enabled else None,
         seed=recipe.seed,
         data=parts.splits.digest,
         init=parts.facts.init,
