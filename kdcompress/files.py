@@ -78,7 +78,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
+        if path.is_dir():
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
             temporary.rename(path)
@@ -93,11 +93,12 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def require_empty(path: Path) -> None:
-    """Refuses a folder that already holds something.
+    """Refuses a folder that already holds something, or that can not be made; makes nothing.
 
     Raises:
-        OutputError: `path` is a file or a folder that is not empty.
+        OutputError: `path` is a file or a folder that is not empty, or lies where one may not write.
     """
+    require_place(path)
     if path.is_dir():
         try:
             first = next(path.iterdir(), None)
@@ -107,6 +108,21 @@ def require_empty(path: Path) -> None:
             raise OutputError(f"{path} is not empty (it holds {first.name})", where="--out", fix="choose a new folder")
     elif path.exists():
         raise OutputError(f"{path} is a file, a folder is needed", where="--out", fix="choose a new folder")
+
+
+def require_place(path: Path) -> None:
+    """Refuses a path below a file, or below a folder that one may not write to; makes nothing.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    found = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if found != path and not found.is_dir():
+        raise OutputError(f"cannot make {path}: {found} is a file", where="--out", fix="choose a new folder")
+    if found.is_dir() and not os.access(found, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"cannot write to {path}: no permission in {found}", where="--out", fix="choose a folder you may write to"
+        )
 
 
 def file_digest(path: Path) -> str:

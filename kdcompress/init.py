@@ -99,6 +99,11 @@ class InitReport:
     blocks: Mapping[str, Indices]
 
 
+def names_file(choice: str) -> bool:
+    """Whether a value of `--init` means a file."""
+    return choice.partition(":")[0] not in ("auto", "pretrained", "random", "teacher")
+
+
 def resolve_init(
     choice: str, arch: str, student: nn.Module, teachers: Sequence[nn.Module], *, offline: bool = False
 ) -> InitDecision:
@@ -142,7 +147,7 @@ def resolve_init(
     if order and fits[order[0]] >= _ENOUGH:
         why = f"{missing}, and {fits[order[0]]:.0%} of its tensors fit teacher {order[0] + 1}"
         return InitDecision("teacher", why, teacher=order[0])
-    return InitDecision("random", f"{missing}, and no teacher has its widths")
+    return InitDecision("random", missing + (", and no teacher has its widths" if teachers else ""))
 
 
 def initialise(

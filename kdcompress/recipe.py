@@ -18,6 +18,7 @@ from kdcompress.errors import RecipeError, unknown_name
 from kdcompress.files import atomic_write
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 OVERRIDE = re.compile(r"^(seed|[a-z]+(?:\.[a-z_][a-z_0-9]*)+)=(.*)$", re.DOTALL)
 """`seed=3` or `section.key=value`."""
 
@@ -38,8 +39,8 @@ class DataSection(Section):
     source: str | None = None
     holdout: str | None = None
     unlabeled: str | None = None
-    split_seed: int = 0
-    view_seed: int = 0
+    split_seed: Seed = 0
+    view_seed: Seed = 0
     limit: Annotated[int, Field(ge=1)] | None = None
     test_limit: Annotated[int, Field(ge=1)] | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -86,15 +87,16 @@ class MethodSection(BaseModel):
 
 
 class TrainSection(Section):
-    """The optimisation. `lr` is the peak rate; `milestones` are fractions of the training at which `step` cuts it.
+    """The optimisation. `lr` is the peak rate, chosen by the optimizer and the student's start where it is not given.
 
+    `milestones` are fractions of the training at which the schedule `step` cuts the rate to `decay` of itself.
     `ema` is the decay of the exponential moving average of the weights, 0 for none; `clip_norm` bounds the
     gradient's norm; `checkpoint_minutes` is the longest time between two saved states.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 60
     batch_size: Annotated[int, Field(ge=1)] = 128
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Annotated[float, Field(gt=0)] | None = None
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9
     nesterov: bool = True
@@ -129,7 +131,7 @@ class CacheSection(Section):
 class Recipe(Section):
     """Everything that decides a run. `seed` moves order and initial weights, not the data's seeds."""
 
-    seed: int = 0
+    seed: Seed = 0
     data: DataSection = DataSection()
     teachers: tuple[TeacherSection, ...] = ()
     student: StudentSection = StudentSection()
@@ -162,6 +164,9 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if not path.is_file():
         shipped = recipe_folder() / f"{name_or_path}.yaml"
+        if path.suffix in (".yaml", ".yml"):
+            what = "is no file" if path.exists() else "does not exist"
+            raise RecipeError(f"{path} {what}", where="--recipe", fix="a recipe file, or see kdcompress ls recipes")
         if name_or_path not in list_recipes():
             raise RecipeError(
                 unknown_name("recipe", name_or_path, list_recipes()), where="--recipe", fix="or the path of a file"
@@ -169,12 +174,28 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         path = shipped
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        line = " ".join(str(error).split())
-        raise RecipeError(f"not a YAML recipe: {line}", where=str(path)) from error
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    except _NOT_YAML as error:
+        raise RecipeError(f"not a YAML recipe: {_reason(error)}", where=str(path)) from error
     if not isinstance(content, dict):
-        raise RecipeError(f"a recipe is a mapping, this is {type(content).__name__}", where=str(path))
+        found = "empty" if content is None else f"a {type(content).__name__}"
+        raise RecipeError(
+            f"a recipe is a mapping, this is {found}", where=str(path), fix="sections such as `train:`, with keys below"
+        )
     return content
+
+
+_NOT_YAML = (ValueError, RecursionError, yaml.YAMLError)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a text that is no YAML, and where, on one line."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+    return " ".join(str(error).split())
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
@@ -188,7 +209,7 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         raise RecipeError(f"{text!r} is not KEY=VALUE", fix="seed=3, or section.key=value such as train.epochs=30")
     try:
         value = yaml.safe_load(match[2])
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"cannot read the value {match[2]!r}", where=match[1]) from error
     return tuple(match[1].split(".")), value
 
@@ -270,6 +291,8 @@ def _problem(error: Any) -> str:
         known = _known_keys(location[:-1])
         return unknown_name("key", key, [".".join([*location[:-1], name]) for name in known])
     value = error.get("input")
+    if error["type"] == "model_type":
+        return f"{key}: a section with keys below it is needed, not {'nothing' if value is None else repr(value)}"
     shown = f", not {value!r}" if isinstance(value, str | int | float | bool) else ""
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key}: {message}{shown}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import itertools
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -50,7 +52,26 @@ class CommandFolder(click.Group):
         """Names the nearest command for one that does not exist."""
         if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
             raise click.UsageError(unknown_name("command", args[0], self.list_commands(ctx)), ctx)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            require_values(command, rest)
+        return name, command, rest
+
+
+def require_values(command: click.Command, words: Sequence[str]) -> None:
+    """Refuses an option without its value: click would take the next option for it.
+
+    Raises:
+        click.UsageError: naming the option.
+    """
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)} | {"--", "-h", "--help"}
+    valued = {name for option in options if not option.is_flag for name in option.opts}
+    for word, following in itertools.pairwise(words):
+        if word == "--":
+            return
+        if word in valued and following.partition("=")[0] in known:
+            raise click.UsageError(f"{word} needs a value, {following} is the next option")
 
 
 @click.group(cls=CommandFolder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -70,12 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     if debug:
         words = ["--debug", *(word for word in words if word != "--debug")]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × or · shows ?
+    if "" in words:
+        _fail("an empty word on the command line\nis a variable of the shell not set?", 2)
     try:
         code = group.main(args=words, prog_name="kdcompress", standalone_mode=False)
     except click.exceptions.Abort:
         _fail("interrupted", 1)
     except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
+        _fail(" ".join(error.format_message().split()), error.exit_code)
     except KdcompressError as error:
         if debug:
             raise

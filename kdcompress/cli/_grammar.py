@@ -23,9 +23,10 @@ def repeat_flags(words: list[str], flags: set[str]) -> list[str]:
     Args:
         words: the command line after the command's name.
         flags: the options that take several values.
-    """
-    from kdcompress.recipe import OVERRIDE
 
+    Raises:
+        click.UsageError: one of them has no value.
+    """
     result: list[str] = []
     flag: str | None = None
     pending = False
@@ -37,10 +38,18 @@ def repeat_flags(words: list[str], flags: set[str]) -> list[str]:
             flag = name if name in flags else None
             pending = flag is not None and not equals
             result.append(word)
-        elif flag is None or OVERRIDE.match(word):
+        elif flag is None or _is_override(word):
+            if pending:
+                raise click.UsageError(f"{flag} needs a value, {word} is a setting")
             flag = None
             result.append(word)
         else:
             result += [word] if pending else [flag, word]
             pending = False
     return result
+
+
+def _is_override(word: str) -> bool:
+    from kdcompress.recipe import OVERRIDE  # imports pydantic, which --help need not wait for
+
+    return OVERRIDE.match(word) is not None

@@ -1,6 +1,7 @@
 """Data sets, their splits, seeded views and loaders."""
 
 from kdcompress.data._hashing import keyed_hash, mix
+from kdcompress.data._sources import whole_source
 from kdcompress.data.base import (
     ConcatSet,
     ImageSet,
@@ -45,4 +46,5 @@ __all__ = [
     "training_digests",
     "unit_interval",
     "view_number",
+    "whole_source",
 ]

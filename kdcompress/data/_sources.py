@@ -47,6 +47,8 @@ def open_source(source: str, image_size: int | None, workers: int) -> Source:
     if path.exists():
         return _folder(open_store(path), path, image_size, workers)
     name, colon, root = source.partition(":")
+    if name == "digits":
+        raise DataError("digits need no folder, they come with scikit-learn", where="--data", fix="--data digits")
     if not colon:
         if name.lower() in _torchvision.dataset_names():
             raise DataError(f"{source} needs the folder of its files", where="--data", fix=f"--data {source}:ROOT")
@@ -58,6 +60,16 @@ def open_source(source: str, image_size: int | None, workers: int) -> Source:
     if name.lower() == "imagenet":
         return _imagenet(Path(root), image_size, workers)
     return _torchvision_source(name, Path(root), image_size, workers)
+
+
+def whole_source(source: str) -> str:
+    """The same DATA string with an absolute path, where it names a file or folder."""
+    if source == "digits":
+        return source
+    name, colon, root = source.partition(":")
+    if Path(source).exists() or not colon:
+        return str(Path(source).resolve())
+    return f"{name}:{Path(root).resolve()}"
 
 
 def _whole(images: ImageSet) -> Split:
@@ -110,7 +122,7 @@ def open_holdout(path: Path, source: Source, workers: int) -> Split:
     Raises:
         DataError: the classes are not those of the data set, or something cannot be read.
     """
-    store = open_store(path)
+    store = _open_extra(path, "--holdout")
     found = _folders.read_holdout(store, source.classes, str(path))
     reader, labels = _labelled_files(store, found, source.classes)
     return _whole(open_set(reader, labels, source.classes, source.format, workers))
@@ -122,12 +134,18 @@ def open_unlabeled(path: Path, source: Source, workers: int) -> ImageSet:
     Raises:
         DataError: there is none, or one cannot be read.
     """
-    store = open_store(path)
+    store = _open_extra(path, "--unlabeled")
     names = tuple(name for name in store.files if _folders.is_image(name))
     if not names:
         raise DataError(f"{path} holds no image", where="--unlabeled", fix="name a folder or archive of images")
     labels = torch.full((len(names),), UNLABELLED)
     return open_set(StoreReader(store, names), labels, source.classes, source.format, workers)
+
+
+def _open_extra(path: Path, flag: str) -> Store:
+    if not path.exists():
+        raise DataError(f"no such file or folder: {path}", where=flag, fix="give a folder, a .zip or a .tar of images")
+    return open_store(path)
 
 
 def _imagenet(root: Path, image_size: int | None, workers: int) -> Source:

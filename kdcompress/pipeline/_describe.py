@@ -1,16 +1,22 @@
-"""What a run says of its data and its teachers, on the terminal and in `run.json`."""
+"""What a run says of its data, its teachers and its training: on the terminal, in `run.json` and in the report."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from kdcompress.data import Splits
+from kdcompress.discovery import list_options
 from kdcompress.files import file_digest
+from kdcompress.methods.base import diagnose, find_method
 from kdcompress.pipeline._teachers import Exam, OpenedTeacher
+from kdcompress.pipeline.base import RunFacts
+from kdcompress.recipe import Recipe
 
 
 def describe_splits(splits: Splits) -> str:
@@ -51,3 +57,33 @@ def describe_teacher(one: OpenedTeacher, exam: Exam) -> dict[str, Any]:
         "holdout": asdict(exam.holdout) if exam.holdout else None,
         "saw_val": exam.saw_val,
     }
+
+
+def describe_training(recipe: Recipe, facts: RunFacts) -> dict[str, Any]:
+    """`training` of the report: how the student came about, with what the method takes where nothing is said."""
+    method = find_method(recipe.method.name)
+    defaults = {option.name: option.default for option in list_options(method) if option.default is not None}
+    return {
+        "method": recipe.method.name,
+        "options": {**defaults, **recipe.method.options},
+        "epochs": recipe.train.epochs,
+        "seed": recipe.seed,
+        "student": recipe.student.arch,
+        "start": f"{facts.init.get('kind')} ({facts.init.get('why')})",
+    }
+
+
+def last_words(log: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """What is to be said of the teachers' weights at the end of a training, by the last epoch in its `log.jsonl`.
+
+    Args:
+        log: the file; what cannot be read of it says nothing.
+        names: of the teachers.
+    """
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines()
+        epochs = [entry for line in lines if (entry := json.loads(line)).get("event") == "epoch"]
+        students = epochs[-1]["students"] if epochs else []
+        return tuple(sentence for student in students for sentence in diagnose(student.get("diagnostics", {}), names))
+    except (OSError, ValueError, KeyError):
+        return ()

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from kdcompress.bundle import Preprocess
-from kdcompress.data import Splits, TrainLoader, build_views, unit_interval
+from kdcompress.data import Splits, TrainLoader, build_views, unit_interval, whole_source
 from kdcompress.discovery import check_options
 from kdcompress.errors import InputError, RecipeError
-from kdcompress.init import InitDecision, InitReport, initialise, resolve_init
+from kdcompress.init import InitDecision, InitReport, initialise, names_file, resolve_init
 from kdcompress.methods.base import Method, find_method
 from kdcompress.models import build_network, published_weights
 from kdcompress.networks import Student
@@ -26,7 +27,7 @@ from kdcompress.pipeline._teachers import (
     image_size,
     open_teacher,
     read_checkpoints,
-    require_same_classes,
+    require_fitting,
     resolved,
     sample_of,
     saw_val,
@@ -36,6 +37,11 @@ from kdcompress.recipe import Recipe
 from kdcompress.teachers import load_checkpoint
 from kdcompress.types import Needs, NetworkShapes
 
+LEARNING_RATES = {("sgd", True): 0.1, ("sgd", False): 0.01, ("adamw", True): 1e-3, ("adamw", False): 1e-4}
+"""Peak rates where none is asked for: by the optimizer, and whether the student starts from random weights.
+
+A tenth keeps what trained weights know: docs/results.md has what 0.1 does to them.
+"""
 STATISTICS_IMAGES = 1000
 """Training images whose mean and standard deviation normalise a student that starts from nothing."""
 
@@ -92,7 +98,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     speak.print(describe_splits(splits))
     for note in splits.notes:
         speak.print(f"note: {note}")
-    require_same_classes(checkpoints, splits)
+    require_fitting(checkpoints, splits)
 
     opened = tuple(
         open_teacher(section, checkpoint, number, splits.image_shape, partial(sample_of, splits))
@@ -133,11 +139,20 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     for note in notes:
         speak.print(f"note: {note}")
 
-    recipe = asked.model_copy(
-        update={
-            "data": data,
-            "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
-        }
+    lr = asked.train.lr or LEARNING_RATES[asked.train.optimizer, decision.kind == "random"]
+    if asked.train.lr is None:
+        speak.print(
+            f"learning rate: {lr:g}, for {asked.train.optimizer} from "
+            f"{'random' if decision.kind == 'random' else 'trained'} weights"
+        )
+    recipe = with_whole_paths(
+        asked.model_copy(
+            update={
+                "train": asked.train.model_copy(update={"lr": lr}),
+                "data": data,
+                "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
+            }
+        )
     )
     facts = RunFacts(
         teachers=tuple(describe_teacher(one, exam) for one, exam in zip(opened, exams, strict=True)),
@@ -151,6 +166,23 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     )
     loader = build_loader(recipe, splits, cached=bool(asked_teachers) and recipe.cache.enabled)
     return Parts(recipe, splits, opened, student, decision, method, needs, loader, facts)
+
+
+def with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with the files it names as absolute paths, so that it means the same from any folder."""
+    data, student, cache = recipe.data, recipe.student, recipe.cache
+    paths = {key: str(Path(path).resolve()) for key in ("holdout", "unlabeled") if (path := getattr(data, key))}
+    if data.source is not None:
+        paths["source"] = whole_source(data.source)
+    start = str(Path(student.init).resolve()) if names_file(student.init) else student.init
+    folder = str(Path(cache.dir).resolve()) if cache.dir else None
+    return recipe.model_copy(
+        update={
+            "data": data.model_copy(update=paths),
+            "student": student.model_copy(update={"init": start}),
+            "cache": cache.model_copy(update={"dir": folder}),
+        }
+    )
 
 
 def build_loader(recipe: Recipe, splits: Splits, *, cached: bool = False) -> TrainLoader:
@@ -251,7 +283,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise RecipeError(f"no device is called {name!r}", where="train.device", fix="auto, cpu or cuda") from error
+    try:
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(

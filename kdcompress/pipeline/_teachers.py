@@ -61,8 +61,7 @@ def read_checkpoints(sections: Sequence[TeacherSection]) -> tuple[LoadedCheckpoi
     for checkpoint in found[1:]:
         if checkpoint.num_classes != found[0].num_classes:
             raise ShapeError(
-                f"{found[0].path.name} has {found[0].num_classes} classes, {checkpoint.path.name} has "
-                f"{checkpoint.num_classes}",
+                f"{found[0].path} has {found[0].num_classes} classes, {checkpoint.path} has {checkpoint.num_classes}",
                 where="--teachers",
                 fix="teachers of one ensemble answer for the same classes",
             )
@@ -81,14 +80,22 @@ def image_size(sections: Sequence[TeacherSection], checkpoints: Sequence[LoadedC
     return max((size for size in sizes if size), default=None)
 
 
-def require_same_classes(checkpoints: Sequence[LoadedCheckpoint], splits: Splits) -> None:
-    """Refuses teachers that answer for other classes than the data has, or in another order.
+def require_fitting(checkpoints: Sequence[LoadedCheckpoint], splits: Splits) -> None:
+    """Refuses teachers that take other images than the data has, or answer for other classes or in another order.
 
     Raises:
-        ShapeError: the class counts differ, with both numbers; or the names, with the first that differs.
+        ShapeError: the channels or the class counts differ, with both numbers; or the names, with the first that
+            differs.
     """
     for checkpoint in checkpoints:
         where, count = str(checkpoint.path), len(splits.classes)
+        channels = splits.image_shape[0]
+        if checkpoint.in_channels != channels:
+            raise ShapeError(
+                f"it takes images of {checkpoint.in_channels} channel(s), those of {splits.name} have {channels}",
+                where=where,
+                fix="store the images with as many (1 is grey, 3 is RGB)",
+            )
         if checkpoint.num_classes != count:
             raise ShapeError(f"{checkpoint.num_classes} classes, the data {splits.name} has {count}", where=where)
         if checkpoint.classes is not None and checkpoint.classes != splits.classes:

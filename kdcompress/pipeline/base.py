@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,8 +24,8 @@ from rich.console import Console
 
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.data import Splits, load_splits
-from kdcompress.errors import InputError, OutputError, ShapeError
-from kdcompress.files import atomic_write, require_empty
+from kdcompress.errors import InputError, ShapeError
+from kdcompress.files import atomic_write, output_error, require_empty
 from kdcompress.recipe import DataSection, Recipe, build_recipe, read_recipe
 
 RUNS = Path("runs")
@@ -75,16 +76,16 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path | None) -> RunFolder:
-        """The run at `path`; the newest one under `runs/` without it.
+        """The run at `path`; the newest one under `runs/` without it, a demo's student among them.
 
         Raises:
             InputError: there is no run there.
         """
         if path is None:
-            runs = sorted(RUNS.glob(f"*/{RECIPE_FILE}"), key=lambda file: file.stat().st_mtime)
+            runs = [*RUNS.glob(f"*/{RECIPE_FILE}"), *RUNS.glob(f"*/*/{RECIPE_FILE}")]
             if not runs:
                 raise InputError(f"there is no run under {RUNS}/", fix="name a run folder, or distill one first")
-            path = runs[-1].parent
+            path = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
         if not (path / RECIPE_FILE).is_file():
             what = "does not exist" if not path.exists() else f"is not a run: it has no {RECIPE_FILE}"
             raise InputError(f"{path} {what}", fix="name a folder that kdcompress distill or train wrote")
@@ -98,12 +99,12 @@ class RunFolder:
             OutputError: the folder is not empty or cannot be made.
         """
         if path is None:
-            path = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+            return cls(_new_folder(RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
         require_empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot make {path}: {error.strerror}", where="--out") from error
+            raise output_error(path, error) from error
         return cls(path)
 
     @property
@@ -149,11 +150,26 @@ class RunFolder:
             InputError: the run did not finish.
         """
         if not (self.path / STUDENT / BUNDLE_FILE).is_file():
+            command = "distill" if self.recipe.teachers else "train"
             raise InputError(
                 f"{self.path} has no {STUDENT}/: its training did not finish",
-                fix=f"kdcompress distill --resume --out {self.path}",
+                fix=f"kdcompress {command} --resume --out {shlex.quote(str(self.path))}",
             )
         return read_bundle(self.path / STUDENT)
+
+
+def _new_folder(path: Path) -> Path:
+    """Makes `path`, or `path-2`, `path-3` … where another run began in the same second."""
+    tried, number = path, 1
+    while True:
+        try:
+            tried.mkdir(parents=True)
+            return tried
+        except FileExistsError:
+            number += 1
+            tried = path.with_name(f"{path.name}-{number}")
+        except OSError as error:
+            raise output_error(tried, error) from error
 
 
 def open_splits(data: DataSection) -> Splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.data import load_splits, unit_interval
 from kdcompress.errors import InputError, ShapeError
 from kdcompress.export import find_target, walk
+from kdcompress.files import require_empty
 from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits, require_classes
 from kdcompress.profiles import Profile, default_profile, get_profile
 from kdcompress.quantize import find_quantizer
@@ -78,11 +80,13 @@ def export(
         InputError: there is nothing to export, or no way to the target.
         VerificationError: what was written does not answer as its source does; nothing is kept.
     """
-    start = find_source(source)
+    if out is not None:
+        require_empty(out)
+    start, chosen = find_source(source), choose_profile(profile)
     kind = find_target(target).makes
     images = find_images(start, data)[:VERIFIED_IMAGES]
     folder = out or start.folder / f"{kind}-{start.bundle.precision}"
-    bundle = walk(start.bundle, target, folder, profile=choose_profile(profile), images=images, replace=out is None)
+    bundle = walk(start.bundle, target, folder, profile=chosen, images=images, replace=out is None)
     console().print(f"{bundle.path} · {bundle.size_mb:.3f} MB · answers as {start.bundle.path.name} does")
     return bundle
 
@@ -90,26 +94,26 @@ def export(
 def quantize(source: Path | None, *, profile: str = "auto", data: str | None = None, out: Path | None = None) -> Bundle:
     """Writes a student with 8-bit integers, by way of ONNX, beside it unless `out` says where.
 
+    The ONNX fp32 stays in the run; with `out` only the INT8 bundle is kept.
+
     Raises:
         InputError: there is nothing to quantize.
         VerificationError: what was written does not run; nothing is kept.
     """
+    if out is not None:
+        require_empty(out)
     start, chosen, quantizer = find_source(source), choose_profile(profile), find_quantizer("int8")
     images = find_images(start, data)
     bundle = start.bundle
-    if bundle.kind == "torch":
-        bundle = walk(
-            bundle,
-            "onnx",
-            (out.parent if out else start.folder) / f"onnx-{bundle.precision}",
-            profile=chosen,
-            images=images[:VERIFIED_IMAGES],
-            replace=True,
-        )
     folder = out or start.folder / f"onnx-int8-{chosen.name}"
-    made = quantizer.run(bundle, images, folder, profile=chosen, replace=out is None)
-    console().print(
-        f"{made.path} · {made.size_mb:.3f} MB ({bundle.size_mb / made.size_mb:.1f} × smaller) · "
-        f"calibrated on {len(images)} images"
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        if bundle.kind == "torch":
+            between = (start.folder if out is None else Path(scratch)) / f"onnx-{bundle.precision}"
+            few = images[:VERIFIED_IMAGES]
+            bundle = walk(bundle, "onnx", between, profile=chosen, images=few, replace=True)
+        made = quantizer.run(bundle, images, folder, profile=chosen, replace=out is None)
+        console().print(
+            f"{made.path} · {made.size_mb:.3f} MB ({bundle.size_mb / made.size_mb:.1f} × smaller) · "
+            f"calibrated on {len(images)} images"
+        )
     return made

@@ -15,10 +15,11 @@ from kdcompress.bundle import provenance_step
 from kdcompress.data import training_digests
 from kdcompress.display import format_seconds, open_display
 from kdcompress.errors import InputError, RecipeError
+from kdcompress.files import atomic_folder, require_empty
 from kdcompress.networks import save_student
 from kdcompress.optim import Optimisation
 from kdcompress.pipeline._answers import Answers, open_answers
-from kdcompress.pipeline._parts import Parts, choose_device, prepare
+from kdcompress.pipeline._parts import Parts, choose_device, prepare, with_whole_paths
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
 from kdcompress.recipe import Recipe, build_recipe, differences, merge, read_recipe, write_recipe
 from kdcompress.teachers import build_from, load_checkpoint, save_checkpoint
@@ -52,22 +53,26 @@ def distill(
     speak = console()
     if resume:
         run = RunFolder.open(out)
+        speak.print(f"run: {run.path}" + ("" if out else " (the newest)"))
         asked = run.recipe
         require_unchanged(asked, changes, overrides, recipe)
         if (run.path / STUDENT).exists():
             speak.print(f"{run.path} is finished; its student is in {run.path / STUDENT}")
             return run
     else:
+        if out is not None:
+            require_empty(out)
         content = merge(read_recipe(recipe) if recipe else {}, changes)
         asked = build_recipe(content, overrides, where=f"recipe {recipe}" if recipe else "the command")
     parts = prepare(asked, speak, offline=offline)
     if not resume:
         run = RunFolder.create(out, f"{parts.recipe.method.name}-{parts.recipe.student.arch}")
-        write_recipe(parts.recipe, run.path / RECIPE_FILE)
-        run.write_facts(parts.facts)
+        with atomic_folder(run.path) as folder:  # a run that is killed can be resumed, or has no folder yet
+            write_recipe(parts.recipe, folder / RECIPE_FILE)
+            RunFolder(folder).write_facts(parts.facts)
+        speak.print(f"run: {run.path}")
     elif parts.facts.data_digest != run.facts.data_digest:
         raise InputError("the data is not what the run began with", where=str(run.path), fix="give back the same data")
-    speak.print(f"run: {run.path}")
     seen = all_digests(parts)
     with contextlib.closing(open_answers(parts, speak)) as answers:
         parts = replace(parts, teachers=())  # whoever still has to ask them holds them
@@ -136,7 +141,7 @@ def require_unchanged(stored: Recipe, changes: Mapping[str, Any], overrides: Seq
             f"other teachers: {', '.join(named)}; the run has {', '.join(t.path for t in stored.teachers)}",
             where="--resume",
         )
-    changed = differences(stored, build_recipe(asked, overrides))
+    changed = differences(stored, with_whole_paths(build_recipe(asked, overrides)))
     if changed:
         raise RecipeError(
             f"the run has another recipe: {'; '.join(changed)}",

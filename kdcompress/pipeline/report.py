@@ -14,8 +14,10 @@ from torch import Tensor
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.data import Split, Splits, eval_batches, load_splits
 from kdcompress.evaluate import Accuracy, accuracy_of, agreement, evaluate, paired_difference, predict_all
+from kdcompress.files import require_place
 from kdcompress.latency import Latency, count_macs, count_params, describe_machine, measure_latency, versions
 from kdcompress.networks import Teacher, TeacherEnsemble, load_student
+from kdcompress.pipeline._describe import describe_training, last_words
 from kdcompress.pipeline._teachers import (
     EXAMINED_IMAGES,
     better_beyond_chance,
@@ -23,14 +25,15 @@ from kdcompress.pipeline._teachers import (
     open_predictor,
     open_teacher,
     read_checkpoints,
-    require_same_classes,
+    require_fitting,
     sample_of,
 )
 from kdcompress.pipeline.base import RunFolder, console, open_splits, require_classes
 from kdcompress.recipe import TeacherSection
 from kdcompress.report import Report, Row, build_report, render_terminal, write_report
-from kdcompress.report.base import RowKind
+from kdcompress.report.base import REPORT_FILE, RowKind
 from kdcompress.runtimes import open_bundle
+from kdcompress.train import LOG
 from kdcompress.types import Predictor
 
 ENSEMBLE = "ensemble"
@@ -66,12 +69,14 @@ def report(
     run = RunFolder.open(source)
     if source is None:
         speak.print(f"run: {run.path} (the newest)")
+    folder = out or run.path
+    require_place(folder / REPORT_FILE)
     run.student()
     bundles, recipe, facts = run.bundles(), run.recipe, run.facts
     changes = {key: value for key, value in (("source", data), ("holdout", holdout)) if value is not None}
     splits = open_splits(recipe.data.model_copy(update=changes))
     checkpoints = read_checkpoints(recipe.teachers)
-    require_same_classes(checkpoints, splits)
+    require_fitting(checkpoints, splits)
     shape, sections = splits.image_shape, recipe.teachers
     teachers = [
         open_teacher(section, checkpoint, number, shape).teacher
@@ -91,17 +96,17 @@ def report(
         build_rows(splits, teachers, bundles, latency),
         reference=ENSEMBLE if teachers else None,
         data={"name": splits.name, "part": "test", "images": len(splits.test), "digest": splits.digest},
+        training=describe_training(recipe, facts),
         machine=describe_machine(),
         versions=versions(),
         teachers_saw_val=judge_val(facts.teachers_saw_val, teachers, splits),
         student_saw_val=facts.student_saw_val,
         smoke_test=smoke_test,
-        notes=facts.notes,
+        notes=(*facts.notes, *last_words(run.path / LOG, [teacher.name for teacher in teachers])),
     )
-    folder = out or run.path
     write_report(document, folder)
     speak.print(render_terminal(document))
-    speak.print(f"{folder / 'report.json'} · {folder / 'report.md'}")
+    speak.print(f"{folder / REPORT_FILE} · {folder / 'report.md'}")
     return document
 
 
@@ -196,7 +201,7 @@ def evaluate_one(model: str, *, data: str, as_json: bool = False) -> Accuracy:
         section = TeacherSection(path=model)
         checkpoints = read_checkpoints((section,))
         splits = load_splits(data, image_size=image_size((section,), checkpoints))
-        require_same_classes(checkpoints, splits)
+        require_fitting(checkpoints, splits)
         opened = open_teacher(section, checkpoints[0], 1, splits.image_shape, partial(sample_of, splits))
         predictor, normalisation = opened.teacher.predict, opened.origin
     accuracy = evaluate(predictor, eval_batches(splits.test, len(splits.classes)), len(splits.classes))

@@ -119,6 +119,7 @@ class Report(_Part):
     schema_version: Literal[1]
     smoke_test: bool
     data: dict[str, Any]
+    training: dict[str, Any]
     reference: str | None
     rows: tuple[RowPart, ...]
     teachers_saw_val: bool | None
@@ -139,6 +140,7 @@ def build_report(
     *,
     reference: str | None,
     data: Mapping[str, Any],
+    training: Mapping[str, Any],
     machine: Mapping[str, Any],
     versions: Mapping[str, str],
     teachers_saw_val: bool | None,
@@ -152,6 +154,7 @@ def build_report(
         rows: in the order they are shown in.
         reference: name of the ensemble's row, which speed-ups are relative to; None if there is no ensemble.
         data: what was evaluated on: name, part, number of images, digest.
+        training: how the student came about: method with its options, start, epochs, seed.
         machine: `latency.describe_machine()`.
         versions: `latency.versions()`.
         teachers_saw_val: whether a teacher was trained on images of val; None if that is not known.
@@ -173,6 +176,7 @@ def build_report(
         schema_version=SCHEMA_VERSION,
         smoke_test=smoke_test,
         data=dict(data),
+        training=dict(training),
         reference=reference,
         rows=parts,
         teachers_saw_val=teachers_saw_val,
@@ -330,9 +334,18 @@ def _counted(number: int) -> str:
     return str(number)
 
 
+def _shown(value: object) -> str:
+    """A value in a sentence; a mapping as `(key value, key value)`."""
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{key} {_shown(inner)}' for key, inner in value.items())})" if value else "(none)"
+    return str(value)
+
+
 def legend(report: Report) -> tuple[str, ...]:
-    """What the reader must know to read the table: data, machine, protocol."""
+    """What the reader must know to read the table: data, training, machine, protocol."""
     lines = [f"Data: {', '.join(f'{key} {value}' for key, value in report.data.items())}."]
+    if report.training:
+        lines.append(f"Training: {', '.join(f'{key} {_shown(value)}' for key, value in report.training.items())}.")
     lines.append("Intervals are 95 %: Wilson for top-1, paired (Bonett and Price) for the difference to the ensemble.")
     machine = report.machine
     lines.append(

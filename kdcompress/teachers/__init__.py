@@ -88,10 +88,21 @@ def read_weights(path: Path) -> FileContent:
         content = torch_file.read(path)
         if kdcompress_checkpoint.is_ours(content):
             return kdcompress_checkpoint.parse(content, path)
+        if isinstance(content, dict) and content.get("format") == "kdcompress/training-state":
+            what = "the state of a training, to resume it from"
+            raise CheckpointError(
+                what, where=str(path), fix="give the student/ beside it, or the model.pt of a train run"
+            )
         read = state_dict.parse(content, path)
     elif safetensors_file.looks_like(head):
         read = safetensors_file.read(path)
     else:
+        if path.suffix in (".onnx", ".engine", ".plan"):
+            what, fix = (
+                f"a {path.suffix} file, which holds no weights to load",
+                "give the bundle: the folder it lies in",
+            )
+            raise CheckpointError(what, where=str(path), fix=fix)
         raise CheckpointError(
             f"not a checkpoint: {_guess(head)}", where=str(path), fix="give a .pt, .pth or .safetensors"
         )

@@ -144,4 +144,8 @@ def _diagnose_fitted(figures: Mapping[str, Tensor], shown: str) -> tuple[str, ..
         )
     if choice == STATIC:
         return (f"One fixed weight per teacher is best for these teachers ({shown}; {evidence}).",)
-    return ()
+    spread = ", ".join(f"{value:.3f}" for value in figures["teacher_weight_std"].tolist())
+    return (
+        f"The teachers are weighed image by image, which is better than averaging (mean weights {shown}; their spread "
+        f"over the images {spread}; {evidence}).",
+    )

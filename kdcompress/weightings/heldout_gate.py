@@ -280,7 +280,8 @@ def strongest_shrinkage(nll: Float[Tensor, "shrinkages images"]) -> Int64[Tensor
     """
     worse = nll - nll[nll.mean(1).argmin()]
     error = worse.std(1) / worse.shape[1] ** 0.5
-    return (worse.mean(1) <= error).long().argmax()
+    first: Tensor = (worse.mean(1) <= error).long().argmax()
+    return first
 
 
 def _gain(simple: Tensor, rich: Tensor) -> tuple[float, float]:

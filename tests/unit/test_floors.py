@@ -10,7 +10,7 @@ import kdcompress
 
 FLOORS = (
     {"errors"},
-    {"files", "types", "discovery"},
+    {"files", "types"},
     {"recipe"},
     {"losses", "taps", "bundle", "data", "models", "profiles", "discovery", "onnx_graph"},
     {"teachers", "weightings", "evaluate", "latency", "checkpoint", "optim", "balance", "display", "ledger"},
@@ -20,6 +20,7 @@ FLOORS = (
     {"train", "teacher_cache", "quantize", "export", "report"},
     {"pipeline"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 ROOT = Path(kdcompress.__file__).parent

@@ -46,6 +46,7 @@ def example() -> Report:
         rows,
         reference="ensemble",
         data={"name": "cifar10", "part": "test", "images": 1000},
+        training={"method": "amtml-kd", "options": {"variant": "paper"}, "epochs": 30},
         machine={"cpu": "Some CPU", "cores": 2, "instruction_sets": ["avx2", "avx512_vnni"]},
         versions={"torch": "9.0", "onnxruntime": "2.0"},
         teachers_saw_val=True,

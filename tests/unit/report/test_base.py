@@ -45,6 +45,7 @@ def build(rows: list[Any], **changes: Any) -> Report:
     arguments: dict[str, Any] = {
         "reference": "ensemble",
         "data": {"name": "x"},
+        "training": {},
         "machine": {},
         "versions": {},
         "teachers_saw_val": None,

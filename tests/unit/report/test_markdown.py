@@ -31,6 +31,7 @@ def test_the_page_shows_numbers_sentences_and_conditions() -> None:
         "student against ensemble: -2.10 points",
         "The teachers were trained on images of val",
         "The start was copied from a teacher.",
+        "Training: method amtml-kd, options (variant paper), epochs 30.",
         "Some CPU, 2 cores, avx2, avx512_vnni",
         "1 thread(s), 10 calls of warm-up, 100 timed calls, 1 process(es)",
         "torch 9.0, onnxruntime 2.0",

@@ -1,0 +1,6 @@
+"""`python -m kdcompress`."""
+
+from kdcompress.cli import main
+
+if __name__ == "__main__":
+    main()
