@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,11 +33,22 @@ class Answers:
         training: for training batches; None for a method without teachers.
         heldout: for held-out batches.
         caches: those of them that hold files open.
+        tasks: what has to be done before the training, in order.
     """
 
     training: TeacherSource | None = None
     heldout: TeacherSource | None = None
     caches: tuple[CachedTeachers, ...] = ()
+    tasks: tuple[Callable[[], None], ...] = ()
+
+    def prepare(self) -> None:
+        """Fills the caches that the training wants full.
+
+        Raises:
+            OutputError, RunError: they cannot be written to, or the disk is full.
+        """
+        for task in self.tasks:
+            task()
 
     def close(self) -> None:
         """Lets go of files and networks."""
@@ -88,11 +100,11 @@ class TeacherFiles:
 
 
 def open_answers(parts: Parts, speak: Console) -> Answers:
-    """The sources that the recipe asks for. A cache is filled here, if it is to be filled before the training.
+    """The sources that the recipe asks for. What caches will take is told and checked here, before anything is filled.
 
     Raises:
-        InputError: the cache would be larger than `cache.max_gb`.
-        RunError: the disk is full.
+        InputError: the caches would be larger than `cache.max_gb`.
+        RunError: there is not enough space on the disk.
     """
     if not parts.method.shapes.teachers:
         return Answers()
@@ -123,15 +135,15 @@ def open_answers(parts: Parts, speak: Console) -> Answers:
     training = cache_of(parts.loader)
     num_fixed = parts.loader.num_fixed_views or parts.loader.views.num_views
     first = parts.loader.num_fixed_views is not None or fills_first(num_fixed, parts.recipe.train.epochs)
-    _make_ready(training, parts.loader, num_fixed, "training images", settings.max_gb, device, speak, first=first)
-    if splits.holdout is None or not parts.needs.heldout:
-        files.let_go()
-        return Answers(training, None, (training,))
-    loader = as_it_is(splits.holdout, parts.loader)
-    heldout = cache_of(loader)
-    _make_ready(heldout, loader, 1, "held-out images", settings.max_gb, device, speak, first=True)
-    files.let_go()
-    return Answers(training, heldout, (training, heldout))
+    room = Room(settings.max_gb, speak, CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK)
+    tasks = [room.plan(training, parts.loader, num_fixed, "training images", first=first)]
+    caches = [training]
+    if splits.holdout is not None and parts.needs.heldout:
+        loader = as_it_is(splits.holdout, parts.loader)
+        caches.append(cache_of(loader))
+        tasks.append(room.plan(caches[1], loader, 1, "held-out images", first=True))
+    tasks.append(files.let_go)
+    return Answers(training, caches[-1] if len(caches) > 1 else None, tuple(caches), tuple(tasks))
 
 
 def fills_first(num_views: int, epochs: int) -> bool:
@@ -146,46 +158,65 @@ def as_it_is(split: Split, like: TrainLoader) -> TrainLoader:
     )
 
 
-def _make_ready(
-    cache: CachedTeachers,
-    loader: TrainLoader,
-    num_fixed: int,
-    what: str,
-    max_gb: float,
-    device: torch.device,
-    speak: Console,
-    *,
-    first: bool,
-) -> None:
-    """Says how large the cache is and how long it takes to fill, checks that there is room, and fills it."""
-    block = CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK
-    survey = cache.survey(loader, num_fixed, block, measure=first)
-    size = f"{survey.num_bytes / 1e9:.3g} GB"
-    views = f"{num_fixed} view{'s' if num_fixed > 1 else ''} of {len(loader.split):,} {what}"
-    head = f"teacher cache: {views} · {size}"
-    if survey.num_damaged:
-        speak.print(f"note: {survey.num_damaged:,} answers in the teacher cache are damaged, they are asked for again")
-    if not survey.num_missing:
-        cache.release()
-        speak.print(f"{head} · complete, no teacher is asked · {cache.store.folder}")
-        return
-    require_room(cache, survey.num_bytes, survey.num_missing * cache.layout.row_bytes, max_gb)
-    if not first:
-        cache.hold()
-        part = 1 - survey.num_missing / survey.num_rows
-        speak.print(f"{head} when full, {part:.0%} there, filled as the training asks · {cache.store.folder}")
-        return
-    missing = "" if survey.num_missing == survey.num_rows else f"{survey.num_missing / survey.num_rows:.0%} missing, "
-    speak.print(f"{head} · {missing}about {format_seconds(survey.seconds)} to fill · {cache.store.folder}")
-    begun = told = time.monotonic()
+@dataclass(frozen=True)
+class Room:
+    """What caches may take, and where it is told what they will.
 
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told >= LINE_SECONDS and done < total:
-            told = now
-            left = format_seconds((now - begun) * (total - done) / done)
-            speak.print(f"teacher cache: {done / total:.0%} · {left} left")
+    Args:
+        max_gb: limit for all caches together.
+        speak: where to.
+        block: images that the teachers are asked for at once.
+    """
 
-    cache.fill(loader, num_fixed, block, progress)
-    speak.print(f"teacher cache: filled in {format_seconds(time.monotonic() - begun)}")
+    max_gb: float
+    speak: Console
+    block: int
+
+    def plan(
+        self, cache: CachedTeachers, loader: TrainLoader, num_fixed: int, what: str, *, first: bool
+    ) -> Callable[[], None]:
+        """Says how large the cache is and how long it takes to fill, and checks that there is room.
+
+        Args:
+            cache: of these images.
+            loader: of these images.
+            num_fixed: views of each image that will be wanted.
+            what: these images are, in words.
+            first: whether the cache is filled before the training, and not as that asks.
+
+        Returns:
+            What makes it ready.
+        """
+        survey = cache.survey(loader, num_fixed, self.block, measure=first)
+        views = f"{num_fixed} view{'s' if num_fixed > 1 else ''} of {len(loader.split):,} {what}"
+        head = f"teacher cache: {views} · {survey.num_bytes / 1e9:.3g} GB"
+        folder = cache.store.folder
+        if survey.num_damaged:
+            self.speak.print(
+                f"note: {survey.num_damaged:,} answers in {folder} are damaged and will be asked for again"
+            )
+        if not survey.num_missing:
+            self.speak.print(f"{head} · complete, no teacher is asked · {folder}")
+            return cache.release
+        require_room(cache, survey.num_bytes, survey.num_missing * cache.layout.row_bytes, self.max_gb)
+        missing = survey.num_missing / survey.num_rows
+        if not first:
+            self.speak.print(f"{head} when full, {1 - missing:.0%} there, filled as the training asks · {folder}")
+            return cache.hold
+        part = "" if missing == 1 else f"{missing:.0%} missing, "
+        self.speak.print(f"{head} · {part}about {format_seconds(survey.seconds)} to fill · {folder}")
+        return partial(self._fill, cache, loader, num_fixed)
+
+    def _fill(self, cache: CachedTeachers, loader: TrainLoader, num_fixed: int) -> None:
+        begun = told = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told >= LINE_SECONDS and done < total:
+                told = now
+                left = format_seconds((now - begun) * (total - done) / done)
+                self.speak.print(f"teacher cache: {done / total:.0%} · {left} left")
+
+        cache.fill(loader, num_fixed, self.block, progress)
+        self.speak.print(f"teacher cache: filled in {format_seconds(time.monotonic() - begun)}")

@@ -65,17 +65,19 @@ def distill(
         content = merge(read_recipe(recipe) if recipe else {}, changes)
         asked = build_recipe(content, overrides, where=f"recipe {recipe}" if recipe else "the command")
     parts = prepare(asked, speak, offline=offline)
-    if not resume:
-        run = RunFolder.create(out, f"{parts.recipe.method.name}-{parts.recipe.student.arch}")
-        with atomic_folder(run.path) as folder:  # a run that is killed can be resumed, or has no folder yet
-            write_recipe(parts.recipe, folder / RECIPE_FILE)
-            RunFolder(folder).write_facts(parts.facts)
-        speak.print(f"run: {run.path}")
-    elif parts.facts.data_digest != run.facts.data_digest:
-        raise InputError("the data is not what the run began with", where=str(run.path), fix="give back the same data")
     seen = all_digests(parts)
     with contextlib.closing(open_answers(parts, speak)) as answers:
         parts = replace(parts, teachers=())  # whoever still has to ask them holds them
+        if not resume:
+            run = RunFolder.create(out, f"{parts.recipe.method.name}-{parts.recipe.student.arch}")
+            with atomic_folder(run.path) as folder:  # a run that is killed can be resumed, or has no folder yet
+                write_recipe(parts.recipe, folder / RECIPE_FILE)
+                RunFolder(folder).write_facts(parts.facts)
+            speak.print(f"run: {run.path}")
+        elif parts.facts.data_digest != run.facts.data_digest:
+            fix = "give back the same data"
+            raise InputError("the data is not what the run began with", where=str(run.path), fix=fix)
+        answers.prepare()
         result = run_training(parts, answers, run, resume=resume)
     bundle = save_student(
         result.students[0],
