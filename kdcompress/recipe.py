@@ -116,9 +116,10 @@ class TrainSection(Section):
 class CacheSection(Section):
     """Whether what the teachers say is stored, and replayed by every later run (`kdcompress cache`).
 
-    `views` fixed views of each image are shown in turn, and the teachers are asked for them before the training; a
-    number no smaller than the space of views keeps all of it, and the training is what it is without a cache. `max_gb`
-    bounds all caches in `dir` together. `top_k` logits of each teacher are kept, by default all of up to 256 classes.
+    `views` fixed views of each image, no more than there are epochs, are shown in turn, and the teachers are asked for
+    them before the training; a number no smaller than the space of views keeps all of it, and the training is what it
+    is without a cache. `max_gb` bounds all caches in `dir` together. `top_k` logits of each teacher are kept, by
+    default all of up to 256 classes.
     """
 
     enabled: bool = False

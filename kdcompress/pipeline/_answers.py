@@ -158,7 +158,7 @@ def as_it_is(split: Split, like: TrainLoader) -> TrainLoader:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Room:
     """What caches may take, and where it is told what they will.
 
@@ -166,11 +166,13 @@ class Room:
         max_gb: limit for all caches together.
         speak: where to.
         block: images that the teachers are asked for at once.
+        promised_bytes: what the caches planned so far will take beside what they have.
     """
 
     max_gb: float
     speak: Console
     block: int
+    promised_bytes: int = 0
 
     def plan(
         self, cache: CachedTeachers, loader: TrainLoader, num_fixed: int, what: str, *, first: bool
@@ -198,7 +200,9 @@ class Room:
         if not survey.num_missing:
             self.speak.print(f"{head} · complete, no teacher is asked · {folder}")
             return cache.release
-        require_room(cache, survey.num_bytes, survey.num_missing * cache.layout.row_bytes, self.max_gb)
+        new_bytes = survey.num_missing * cache.layout.row_bytes
+        require_room(cache, survey.num_bytes, new_bytes, self.max_gb, self.promised_bytes)
+        self.promised_bytes += new_bytes
         missing = survey.num_missing / survey.num_rows
         if not first:
             self.speak.print(f"{head} when full, {1 - missing:.0%} there, filled as the training asks · {folder}")

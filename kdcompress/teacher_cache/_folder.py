@@ -238,7 +238,9 @@ def verify_cache(cache: StoredCache) -> Verification:
         store.close()
 
 
-def require_room(cache: CachedTeachers, num_bytes: int, num_new_bytes: int, max_gb: float) -> None:
+def require_room(
+    cache: CachedTeachers, num_bytes: int, num_new_bytes: int, max_gb: float, promised_bytes: int = 0
+) -> None:
     """Refuses what would not fit, before anything is written.
 
     Args:
@@ -246,6 +248,7 @@ def require_room(cache: CachedTeachers, num_bytes: int, num_new_bytes: int, max_
         num_bytes: that it will take.
         num_new_bytes: of them, those that are not there yet.
         max_gb: the limit for all caches of its folder together, in 10⁹ bytes.
+        promised_bytes: that other caches will take beside what they have.
 
     Raises:
         InputError: above the limit, with what would help.
@@ -253,6 +256,7 @@ def require_room(cache: CachedTeachers, num_bytes: int, num_new_bytes: int, max_
     """
     folder = cache.store.folder
     others = sum(other.disk_bytes for other in list_caches(folder.parent) if other.path != folder)
+    others += promised_bytes
     if num_bytes + others > max_gb * 1e9:
         part = cache.layout.feature_share
         ways = [f"cache.max_gb={(num_bytes + others) / 1e9 * 1.05:.2g}"]
@@ -268,6 +272,7 @@ def require_room(cache: CachedTeachers, num_bytes: int, num_new_bytes: int, max_
             fix=", or ".join(ways),
         )
     free = shutil.disk_usage(folder).free
+    num_new_bytes += promised_bytes
     if num_new_bytes > free:
         raise RunError(
             f"the teacher cache needs {num_new_bytes / 1e9:.3g} GB more, {free / 1e9:.3g} GB are free",

@@ -194,6 +194,8 @@ def test_the_limit_is_for_all_caches_together_and_says_what_would_help(tmp_path:
     assert "hint_pool" not in caught.value.fix
     remove_cache(other)
     require_room(cache, 10**6, 10**6, max_gb=0.001)
+    with pytest.raises(InputError, match=r"with the others 0\.0011;"):
+        require_room(cache, 10**6, 10**6, 0.001, promised_bytes=10**5)
     maps = make_cache(tmp_path, Opener(make_teachers(), {"last": "map"}))
     with pytest.raises(InputError, match="would take 2") as caught:
         require_room(maps, 2 * 10**9, 2 * 10**9, max_gb=1.0)
