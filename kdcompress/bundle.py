@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import kdcompress
 from kdcompress.errors import BundleError, ShapeError
 from kdcompress.files import atomic_folder, file_digest
+from kdcompress.resizing import cover_and_cut
 from kdcompress.types import Images
 
 Kind: TypeAlias = Literal["torch", "onnx", "trt"]
@@ -47,7 +48,8 @@ class Preprocess:
         std: divided by per channel, in units of [0, 1]; applied inside the network as well.
         resize: what whoever opens the bundle does to an image of another size, before the network. "none": nothing,
             images have this size already; "bilinear": the whole image to height × width, antialiased;
-            "bilinear-crop": the shorter side to fit, antialiased, then the centre is cut out.
+            "bilinear-crop": the shorter side to fit, antialiased, then the centre is cut out (`resizing`; torchvision's
+            `Resize` and `CenterCrop`, Pillow's `BILINEAR`).
 
     Raises:
         BundleError: a size below 1, a mean or std of another length than `channels`, or a std that is not positive.
@@ -67,6 +69,11 @@ class Preprocess:
             raise BundleError(f"{self.channels} channels, but {len(self.mean)} means and {len(self.std)} stds")
         if not all(value > 0 for value in self.std):
             raise BundleError(f"a std must be positive, got {self.std}")
+
+    @property
+    def square_side(self) -> int | None:
+        """Its size in pixels where it is a square."""
+        return self.height if self.height == self.width else None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -303,9 +310,7 @@ def fit_images(images: Images, preprocess: Preprocess) -> Float[Tensor, "batch c
     size = [preprocess.height, preprocess.width]
     if preprocess.resize == "bilinear":
         return F.interpolate(images, size, mode="bilinear", antialias=True)
-    scale = max(preprocess.height / height, preprocess.width / width)
-    scaled = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
-    top, left = ((whole - part) // 2 for whole, part in zip(scaled, size, strict=True))
+    scaled, (top, left) = cover_and_cut(height, width, preprocess.height, preprocess.width)
     images = F.interpolate(images, scaled, mode="bilinear", antialias=True)
     return images[:, :, top : top + size[0], left : left + size[1]]
 

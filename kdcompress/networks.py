@@ -18,6 +18,7 @@ from kdcompress.bundle import Bundle, Preprocess, Resize, read_safetensors, writ
 from kdcompress.errors import BundleError, CheckpointError, ShapeError, unknown_name
 from kdcompress.losses import global_average
 from kdcompress.models import build_network
+from kdcompress.resizing import cover_and_cut
 from kdcompress.taps import Tapped, eval_mode, find_classifier, find_stages, split_head
 from kdcompress.teachers import LoadedCheckpoint, build_from, load_checkpoint
 from kdcompress.teachers.preprocessing import PreprocessingFit, measure_preprocessing
@@ -466,10 +467,8 @@ def _fitted(images: Tensor, preprocess: Preprocess) -> Tensor:
     height, width = preprocess.height, preprocess.width
     if images.shape[-2:] == (height, width) or preprocess.resize != "bilinear-crop":
         return _resized(images, height, width)
-    scale = max(height / images.shape[-2], width / images.shape[-1])
-    covering = [max(size, round(scale * old)) for size, old in zip((height, width), images.shape[-2:], strict=True)]
-    larger = _resized(images, covering[0], covering[1])
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    scaled, (top, left) = cover_and_cut(images.shape[-2], images.shape[-1], height, width)
+    larger = _resized(images, *scaled)
     return larger[..., top : top + height, left : left + width]
 
 

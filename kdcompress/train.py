@@ -17,7 +17,7 @@ import torch
 from kdcompress.checkpoint import LAST, Setting, seed_step
 from kdcompress.data import Split, TrainLoader, eval_batches
 from kdcompress.display import Display, RunLog
-from kdcompress.errors import InterruptedRunError, OutputError
+from kdcompress.errors import InterruptedRunError, NonFiniteError, OutputError, VerificationError
 from kdcompress.evaluate import evaluate
 from kdcompress.heldout import HeldOut
 from kdcompress.methods.base import Method
@@ -169,7 +169,13 @@ def _validate(run: Run, val: Split, stop_if_asked: Callable[[], None]) -> tuple[
                 outputs: Outputs = student(images.to(run.device))
             return outputs.logits.float()
 
-        return evaluate(predict, batches, num_classes).top1
+        try:
+            return evaluate(predict, batches, num_classes).top1
+        except VerificationError as error:
+            raise NonFiniteError(
+                f"the student's answers on val are not finite after step {run.step}",
+                fix="a lower train.lr, train.clip_norm=5, or train.precision=fp32",
+            ) from error
 
     def stoppable() -> Iterator[Batch]:
         for batch in eval_batches(val, num_classes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import itertools
@@ -116,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _fail(f"no space left while writing {error.filename or 'the output'}\nfree some space and run it again", 1)
         reason = " ".join(str(error).split())[:300]
         _fail(f"unexpected {type(error).__name__}: {reason}\nrun again with --debug for the traceback", 1)
     else:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
@@ -23,6 +23,7 @@ from kdcompress.data._resizing import resize
 from kdcompress.data._stores import Ends, Store, ends_of
 from kdcompress.data.base import ImageSet, MemorySet, Pixels, available_cores, pixel_digest
 from kdcompress.errors import DataError, KdcompressError
+from kdcompress.resizing import cover_and_cut
 
 MEMORY_LIMIT = 2 * 10**9
 """Decoded bytes up to which a set is held in memory."""
@@ -46,12 +47,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What one image is: `bits` per value, and its shape."""
+    """What one image is: `bits` per value, and its shape; and whether any image had to be `resized` for it."""
 
     channels: int
     height: int
     width: int
     bits: Literal[8, 16] = 8
+    resized: bool = field(default=False, compare=False)
 
     @property
     def dtype(self) -> type[np.uint8] | type[np.int32]:
@@ -227,11 +229,14 @@ def conform(pixels: np.ndarray, wanted: PixelFormat) -> np.ndarray:
 
 
 def _cover(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    scale = max(height / pixels.shape[1], width / pixels.shape[2])
-    size = max(height, round(pixels.shape[1] * scale)), max(width, round(pixels.shape[2] * scale))
-    images = resize(torch.from_numpy(np.array(pixels))[None], size)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cut: np.ndarray = images[0, :, top : top + height, left : left + width].numpy()
+    scaled, (top, left) = cover_and_cut(pixels.shape[1], pixels.shape[2], height, width)
+    if pixels.dtype == np.uint8:  # to the last bit as whoever resizes with Pillow before a deployed model
+        size = scaled[1], scaled[0]
+        parts = [Image.fromarray(part).resize(size, Image.Resampling.BILINEAR) for part in pixels]
+        images: np.ndarray = np.stack([np.asarray(part) for part in parts])
+    else:
+        images = resize(torch.from_numpy(np.array(pixels))[None], scaled)[0].numpy()
+    cut: np.ndarray = images[:, top : top + height, left : left + width]
     return cut
 
 
@@ -384,4 +389,5 @@ def common_format(reader: Reader, image_size: int | None, workers: int) -> tuple
         which = f"images of {len(sizes)} different sizes" if len(sizes) > 1 else f"images of {found[0].width} pixels"
         notes.append(f"{which} are resized and cut to {height} × {width}; data.image_size chooses another size")
     bits: Literal[8, 16] = 16 if any(one.bits == 16 for one in found) else 8
-    return PixelFormat(found[0].channels if len(channels) == 1 else 3, height, width, bits), tuple(notes)
+    resized = sizes != {(height, width)}
+    return PixelFormat(found[0].channels if len(channels) == 1 else 3, height, width, bits, resized), tuple(notes)

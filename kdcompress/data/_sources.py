@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,13 @@ def _folder(
     readers = {part: _labelled_files(store, found, classes) for part, found in parts.items()}
     wanted, more = common_format(readers["train"][0], image_size, workers)
     for part, (reader, _) in readers.items():
-        if part != "train" and common_format(reader, image_size, workers)[0] != wanted:
+        if part == "train":
+            continue
+        own, _ = common_format(reader, image_size, workers)
+        if own != wanted:
             notes.append(f"some {part} images differ in size or channels from those of train and are brought to theirs")
+        differs = (own.height, own.width) != (wanted.height, wanted.width)
+        wanted = replace(wanted, resized=wanted.resized or own.resized or differs)
     sets = {
         part: _whole(open_set(reader, labels, classes, wanted, workers)) for part, (reader, labels) in readers.items()
     }
@@ -172,7 +177,8 @@ def _torchvision_source(name: str, root: Path, image_size: int | None, workers: 
     notes: tuple[str, ...] = ()
     if held is not None:
         channels, height, width = held.shape[1:]
-        wanted = PixelFormat(channels, image_size or height, image_size or width)
+        resized = image_size is not None and (height, width) != (image_size, image_size)
+        wanted = PixelFormat(channels, image_size or height, image_size or width, resized=resized)
     else:
         reader = _torchvision.DatasetReader(datasets["train"], f"train of {shown}")
         wanted, notes = common_format(reader, image_size, workers)
@@ -216,7 +222,7 @@ def _digits(image_size: int | None) -> Source:
     images = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     classes = tuple(str(name) for name in bunch.target_names)
-    wanted = PixelFormat(1, image_size or 8, image_size or 8)
+    wanted = PixelFormat(1, image_size or 8, image_size or 8, resized=image_size not in (None, 8))
     rest = torch.arange(len(labels))
     parts: dict[str, Split] = {}
     for part, count in (("test", _DIGITS_TEST), ("holdout", _DIGITS_HOLDOUT), ("train", None)):

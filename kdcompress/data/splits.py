@@ -30,6 +30,7 @@ class Splits:
         classes: class names.
         name: the data set in one word.
         notes: sentences that the user should read.
+        resized: whether images had to be brought to this size: the shorter side to fit, then the centre cut out.
     """
 
     train: Split
@@ -41,6 +42,7 @@ class Splits:
     classes: tuple[str, ...]
     name: str
     notes: tuple[str, ...] = ()
+    resized: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -130,7 +132,8 @@ def load_splits(
     for name, split in (("test", test), ("val", val), ("holdout", heldout)):
         if split is not None and (shared := _shared_images(split, train)):
             notes.append(f"{shared} of {len(split)} {name} images have the same content as one in train")
-    return Splits(train, val, test, calibration, heldout, extra, found.classes, found.name, tuple(notes))
+    named = (found.classes, found.name, tuple(notes), found.format.resized)
+    return Splits(train, val, test, calibration, heldout, extra, *named)
 
 
 def _check_numbers(

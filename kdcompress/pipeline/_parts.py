@@ -238,7 +238,7 @@ def build_student(
     mean, std = normalisation(decision, section.arch, splits, teachers)
     student = Student(
         network,
-        Preprocess(*splits.image_shape, mean, std),
+        Preprocess(*splits.image_shape, mean, std, "bilinear-crop" if splits.resized else "none"),
         arch=section.arch,
         arch_args=section.args,
         num_classes=len(splits.classes),

@@ -74,9 +74,9 @@ def spec(section: TeacherSection) -> str:
 
 
 def image_size(sections: Sequence[TeacherSection], checkpoints: Sequence[LoadedCheckpoint]) -> int | None:
-    """The largest size that any teacher says it wants; None where none says."""
+    """The largest square that any teacher says it wants; None where none says."""
     sizes = [section.image_size for section in sections]
-    sizes += [max(c.preprocess.height, c.preprocess.width) if c.preprocess else None for c in checkpoints]
+    sizes += [checkpoint.preprocess.square_side if checkpoint.preprocess else None for checkpoint in checkpoints]
     return max((size for size in sizes if size), default=None)
 
 

@@ -53,7 +53,7 @@ def find_images(source: Source, data: str | None) -> Images:
     """
     wanted = source.bundle.preprocess
     if data is not None:
-        splits = load_splits(data, image_size=wanted.height)
+        splits = load_splits(data, image_size=wanted.square_side)
         require_classes(source.bundle, splits)
     elif source.run is not None:
         splits = open_splits(source.run.recipe.data)

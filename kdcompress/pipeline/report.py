@@ -71,10 +71,11 @@ def report(
         speak.print(f"run: {run.path} (the newest)")
     folder = out or run.path
     require_place(folder / REPORT_FILE)
-    run.student()
+    student = run.student()
     bundles, recipe, facts = run.bundles(), run.recipe, run.facts
     changes = {key: value for key, value in (("source", data), ("holdout", holdout)) if value is not None}
     splits = open_splits(recipe.data.model_copy(update=changes))
+    require_classes(student, splits)
     checkpoints = read_checkpoints(recipe.teachers)
     require_fitting(checkpoints, splits)
     shape, sections = splits.image_shape, recipe.teachers
@@ -194,7 +195,7 @@ def evaluate_one(model: str, *, data: str, as_json: bool = False) -> Accuracy:
     """
     if (Path(model) / BUNDLE_FILE).is_file():
         bundle = read_bundle(Path(model))
-        splits = load_splits(data, image_size=bundle.preprocess.height)
+        splits = load_splits(data, image_size=bundle.preprocess.square_side)
         require_classes(bundle, splits)
         predictor, normalisation = open_bundle(bundle), "inside"
     else:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Started, Warm
+from tests.cli.command import ENVIRONMENT, Started, Warm
 from tests.cli.conftest import Shop, must
 
 EPOCHS = 8
@@ -88,6 +92,50 @@ def test_ctrl_c_while_latency_is_measured_leaves_no_report(shop: Shop, tmp_path:
     assert (done.code, done.error) == (1, "error: interrupted")
     assert "Traceback" not in done.err
     assert not out.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 0.5 MB: the first state fits, the second does not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(line, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_no_half_file(small_disk: Path, warm: Warm) -> None:
+    words = ("train", "--arch", "resnet8", "--data", "digits", "--out", small_disk / "run", "data.limit=50")
+    done = warm.run(*words, "train.epochs=3", folder=small_disk)
+    assert done.code == 1
+    assert done.error.splitlines()[0] == f"error: no space left while writing {small_disk}/run/last.pt"
+    assert {path.name for path in (small_disk / "run").iterdir()} == {"recipe.yaml", "run.json", "log.jsonl", "last.pt"}
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    must(warm.run("train", "--resume", "--out", "run", folder=small_disk))
+
+
+def test_output_that_cannot_be_shown_is_no_traceback(shop: Shop) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        line = [sys.executable, "-m", "kdcompress", "show", "cifar10/avg-kd_resnet20"]
+        done = subprocess.run(
+            line, cwd=shop.folder, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "error: no space left while writing the output"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_training_that_diverges_says_where(warm: Warm, tmp_path: Path) -> None:
+    words = ("train", "--arch", "resnet8", "--data", "digits", "--out", "run", "data.limit=200", "train.batch_size=32")
+    for rate in ("1000", "1e30"):
+        done = warm.run(*words, f"train.lr={rate}", f"--out=run{rate}", folder=tmp_path)
+        assert done.code == 1
+        assert "not finite" in done.error.splitlines()[0]
+        assert "step" in done.error
+        assert "a lower train.lr" in done.error
+        assert not (tmp_path / f"run{rate}" / "student").exists()
 
 
 def test_resume_refuses_another_recipe_and_other_data(shop: Shop, tmp_path: Path, warm: Warm) -> None:

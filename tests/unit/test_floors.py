@@ -10,7 +10,7 @@ import kdcompress
 
 FLOORS = (
     {"errors"},
-    {"files", "types"},
+    {"files", "types", "resizing"},
     {"recipe"},
     {"losses", "taps", "bundle", "data", "models", "profiles", "discovery", "onnx_graph"},
     {"teachers", "weightings", "evaluate", "latency", "checkpoint", "optim", "balance", "display", "ledger"},

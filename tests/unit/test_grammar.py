@@ -1,3 +1,4 @@
+import click
 import pytest
 
 from kdcompress.cli._grammar import repeat_flags
@@ -19,3 +20,8 @@ from kdcompress.cli._grammar import repeat_flags
 )
 def test_a_flag_takes_all_words_up_to_the_next_option(line: str, expected: str) -> None:
     assert repeat_flags(line.split(), {"--teachers"}) == expected.split()
+
+
+def test_a_setting_is_no_value() -> None:
+    with pytest.raises(click.UsageError, match="--teachers needs a value, seed=1 is a setting"):
+        repeat_flags(["--teachers", "seed=1"], {"--teachers"})

@@ -180,6 +180,7 @@ def test_photos_of_many_sizes_and_kinds(tmp_path: Path) -> None:
     assert "1 grey, 4 RGB" in notes
     assert "224 × 224" in notes
     assert load_splits(str(tmp_path), image_size=64).image_shape == (3, 64, 64)
+    assert splits.resized
     batch = next(eval_batches(splits.test, 2))
     assert batch.images.shape == (2, 3, 224, 224)
 
@@ -261,6 +262,7 @@ def test_digits() -> None:
     assert sorted(found) == real
     assert torch.equal(load_splits("digits", split_seed=5).test.images.labels, splits.test.images.labels)
     assert load_splits("digits", image_size=16).image_shape == (1, 16, 16)
+    assert [load_splits("digits", image_size=size).resized for size in (None, 8, 16)] == [False, False, True]
 
 
 def broken(files: dict[str, bytes], **options: object) -> Callable[[Path], tuple[str, dict[str, object]]]:

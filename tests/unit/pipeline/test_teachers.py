@@ -3,11 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdcompress.bundle import Preprocess
 from kdcompress.data import load_splits
 from kdcompress.errors import ShapeError
 from kdcompress.models import build_network
-from kdcompress.pipeline._teachers import read_checkpoints, require_fitting
+from kdcompress.pipeline._teachers import image_size, read_checkpoints, require_fitting
 from kdcompress.recipe import TeacherSection
+from kdcompress.teachers import save_checkpoint
 
 
 def checkpoint_of(path: Path, arch: str, **arguments: int) -> TeacherSection:
@@ -22,3 +24,24 @@ def test_a_teacher_of_colour_images_is_refused_for_grey_ones(tmp_path: Path) -> 
     with pytest.raises(ShapeError, match=r"images of 3 channel\(s\), those of digits have 1") as caught:
         require_fitting(read_checkpoints(sections), splits)
     assert caught.value.where == str(tmp_path / "3.pt")
+
+
+def test_the_size_wanted_is_the_largest_square(tmp_path: Path) -> None:
+    def wants(name: str, height: int, width: int) -> TeacherSection:
+        save_checkpoint(
+            tmp_path / name,
+            build_network("resnet8", num_classes=2),
+            arch="resnet8",
+            arch_args={},
+            num_classes=2,
+            in_channels=3,
+            classes=None,
+            preprocess=Preprocess(3, height, width, (0.5,) * 3, (1.0,) * 3),
+        )
+        return TeacherSection(path=str(tmp_path / name))
+
+    sections = [wants("a.pt", 32, 32), wants("b.pt", 24, 24), wants("c.pt", 40, 64)]
+    assert image_size(sections, read_checkpoints(sections)) == 32
+    assert image_size(sections[2:], read_checkpoints(sections[2:])) is None
+    larger = [sections[0].model_copy(update={"image_size": 48})]
+    assert image_size(larger, read_checkpoints(larger)) == 48
