@@ -250,6 +250,11 @@ def _correlation(one: Tensor, other: Tensor, weights: Tensor, dim: int) -> Tenso
     return F.cosine_similarity(one, other, dim=dim, eps=1e-8)
 
 
+def global_average(features: FeatureMap) -> Float[Tensor, "batch channels 1 1"]:
+    """The mean over all positions, in fp32. A map that is pooled already stays as it is."""
+    return full_precision(features).mean((2, 3), keepdim=True)
+
+
 def _pool(features: Tensor, size: tuple[int, int]) -> Tensor:
     return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
 

@@ -15,13 +15,24 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from kdcompress.bundle import Bundle, Preprocess, Resize, read_safetensors, write_bundle, write_safetensors
-from kdcompress.errors import BundleError, CheckpointError, ShapeError
+from kdcompress.errors import BundleError, CheckpointError, ShapeError, unknown_name
+from kdcompress.losses import global_average
 from kdcompress.models import build_network
 from kdcompress.resizing import cover_and_cut
 from kdcompress.taps import Tapped, eval_mode, find_classifier, find_stages, split_head
 from kdcompress.teachers import LoadedCheckpoint, build_from, load_checkpoint
 from kdcompress.teachers.preprocessing import PreprocessingFit, measure_preprocessing
-from kdcompress.types import Batch, EnsembleOutputs, FeatureShape, Head, Images, Labels, Logits, Outputs
+from kdcompress.types import (
+    Batch,
+    EnsembleOutputs,
+    FeatureForm,
+    FeatureShape,
+    Head,
+    Images,
+    Labels,
+    Logits,
+    Outputs,
+)
 
 
 class Normalise(nn.Module):
@@ -233,17 +244,51 @@ def log_mean_probability(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
 
 
-class LiveTeachers:
-    """A `TeacherSource` that asks the networks themselves, without gradient."""
+ALL_MAPS: Mapping[str, FeatureForm] = {"*": "map"}
+"""Every feature map of every teacher, whole."""
 
-    def __init__(self, ensemble: TeacherEnsemble) -> None:
+
+class LiveTeachers:
+    """A `TeacherSource` that asks the networks themselves, without gradient.
+
+    Args:
+        ensemble: the teachers.
+        features: the feature maps that are wanted, and their form: `Needs.teacher_features`.
+    """
+
+    def __init__(self, ensemble: TeacherEnsemble, features: Mapping[str, FeatureForm] = ALL_MAPS) -> None:
         self.ensemble = ensemble
+        self.forms = tuple(feature_forms(tuple(one.feature_shapes), features) for one in ensemble.teachers)
 
     def __call__(self, batch: Batch) -> EnsembleOutputs:
         """What each teacher says of a batch."""
         with torch.no_grad():
             outputs: EnsembleOutputs = self.ensemble(batch.images)
-        return outputs
+            features = tuple(
+                {name: global_average(maps[name]) if form == "pooled" else maps[name] for name, form in forms.items()}
+                for maps, forms in zip(outputs.features, self.forms, strict=True)
+            )
+        return EnsembleOutputs(outputs.logits, features, outputs.teacher_ids)
+
+
+def feature_forms(stages: Sequence[str], wanted: Mapping[str, FeatureForm]) -> dict[str, FeatureForm]:
+    """The maps of one teacher that a method gets, and their form.
+
+    Args:
+        stages: the names of its feature maps, in order.
+        wanted: `Needs.teacher_features`.
+
+    Raises:
+        ShapeError: a map is wanted that the teacher does not have.
+    """
+    found: dict[str, FeatureForm] = {}
+    for name, form in wanted.items():
+        names = tuple(stages) if name == "*" else tuple(stages[-1:]) if name == "last" else (name,)
+        for stage in names:
+            if stage not in stages:
+                raise ShapeError(unknown_name("feature map of a teacher", stage, stages))
+            found[stage] = form
+    return found
 
 
 class Student(nn.Module):

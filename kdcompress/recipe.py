@@ -117,6 +117,22 @@ class TrainSection(Section):
     pretrain_lr: Annotated[float, Field(gt=0)] | None = None
 
 
+class CacheSection(Section):
+    """Whether what the teachers say is stored, and replayed by every later run (`kdcompress cache`).
+
+    `views` fixed views of each image, no more than there are epochs, are shown in turn, and the teachers are asked for
+    them before the training; a number no smaller than the space of views keeps all of it, and the training is what it
+    is without a cache. `max_gb` bounds all caches in `dir` together. `top_k` logits of each teacher are kept, by
+    default all of up to 256 classes.
+    """
+
+    enabled: bool = False
+    dir: str | None = None
+    views: Annotated[int, Field(ge=1)] = 8
+    max_gb: Annotated[float, Field(gt=0)] = 10.0
+    top_k: Annotated[int, Field(ge=1)] | None = None
+
+
 class Recipe(Section):
     """Everything that decides a run. `seed` moves order and initial weights, not the data's seeds.
 
@@ -130,6 +146,7 @@ class Recipe(Section):
     students: tuple[StudentSection, ...] = ()
     method: MethodSection = MethodSection()
     train: TrainSection = TrainSection()
+    cache: CacheSection = CacheSection()
 
     @property
     def trained(self) -> tuple[StudentSection, ...]:

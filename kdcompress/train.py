@@ -60,6 +60,7 @@ def train(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     heldout: Split | None = None,
+    heldout_teachers: TeacherSource | None = None,
     val: Split | None = None,
     self_teachers: Sequence[SelfTeacher] | None = None,
     identity: Mapping[str, Setting] | None = None,
@@ -71,7 +72,7 @@ def train(
     Args:
         students: moved to `device` and trained in place; where they start is the caller's matter.
         methods: one for each student, each its own object.
-        teachers: answers for training batches and held-out batches; None for methods without teachers.
+        teachers: answers for training batches; None for methods without teachers.
         loader: the training images.
         epochs: passes over them.
         optimisation: how the weights are moved.
@@ -81,6 +82,7 @@ def train(
         device: where to train. The teachers are where their source put them.
         precision: of the networks' passes; losses are always fp32. fp16 scales the loss.
         heldout: images for `Method.refit` at the start of each epoch; None for no refitting.
+        heldout_teachers: answers for held-out batches, where those come from elsewhere than `teachers`.
         val: images whose accuracy is measured after each epoch.
         self_teachers: one for each student, where the methods need them.
         identity: what else a resumed run has to agree in, e.g. the digest of the data.
@@ -128,7 +130,9 @@ def train(
                 )
 
         wanted = any(type(method).refit is not Method.refit for method in methods)
-        exam = HeldOut(heldout, run, teachers, self_teachers) if heldout is not None and wanted else None
+        exam = None
+        if heldout is not None and wanted:
+            exam = HeldOut(heldout, run, heldout_teachers or teachers, self_teachers)
         for epoch in range(len(run.history), epochs):
             start = run.step - epoch * loader.num_steps
             if exam is not None and start == 0:

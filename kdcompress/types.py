@@ -28,6 +28,9 @@ FeatureShape: TypeAlias = tuple[int, int, int]
 Head: TypeAlias = Callable[[Tensor], Tensor]
 """A teacher's own classifier: its last feature map -> logits. Frozen."""
 
+FeatureForm: TypeAlias = Literal["pooled", "map"]
+"""How a teacher's feature map reaches a method: averaged over its positions (1 × 1), or whole."""
+
 UNLABELLED = -1
 """The label of an image without one."""
 
@@ -37,7 +40,9 @@ class Batch:
     """One batch of one view of each image.
 
     `label_targets` is one-hot, smoothed or mixed; a zero row where the image has no label.
-    `ids` and `views` name what is in it: the same pair is the same picture in every run.
+    `ids` and `views` name what is in it: the same pair is the same picture in every run. They are addresses and not
+    numbers to compute with, so they stay on the CPU, where whoever looks something up by them does not wait for a
+    device.
     """
 
     images: Float[Tensor, "batch channels height width"]
@@ -47,9 +52,11 @@ class Batch:
     label_targets: Float[Tensor, "batch classes"]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        tensors = (self.images, self.ids, self.views, self.labels, self.label_targets)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        """The same batch with its images and labels on `device`."""
+        images, labels, targets = (
+            tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels, self.label_targets)
+        )
+        return Batch(images, self.ids, self.views, labels, targets)
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,8 @@ class Needs:
         labels: "none", "hard" or "soft" (mixed or smoothed distributions).
         teachers: least and largest number of teachers.
         student_features: names of the student's feature maps; "*" for all.
-        teacher_features: name of a teacher's feature map ("*" for all) -> the form it is needed in.
+        teacher_features: name of a teacher's feature map ("last" for its deepest, "*" for all) -> the form it is needed
+            in. No other map reaches the method.
         teacher_heads: whether each teacher's own classifier is needed.
         self_teacher: whether each student's pre-trained copy is needed.
         batch_relations: whether the loss relates the images of a batch to each other.
@@ -171,7 +179,7 @@ class Needs:
     labels: Literal["none", "hard", "soft"] = "soft"
     teachers: tuple[int, int] = (1, 64)
     student_features: tuple[str, ...] = ()
-    teacher_features: Mapping[str, Literal["pooled", "map", "sketch"]] = field(default_factory=dict)
+    teacher_features: Mapping[str, FeatureForm] = field(default_factory=dict)
     teacher_heads: bool = False
     self_teacher: bool = False
     batch_relations: bool = False

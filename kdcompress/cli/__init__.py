@@ -15,7 +15,20 @@ import click
 from kdcompress import __version__
 from kdcompress.errors import KdcompressError, unknown_name
 
-ORDER = ("demo", "train", "distill", "quantize", "export", "report", "evaluate", "inspect", "ls", "show", "doctor")
+ORDER = (
+    "demo",
+    "train",
+    "distill",
+    "cache",
+    "quantize",
+    "export",
+    "report",
+    "evaluate",
+    "inspect",
+    "ls",
+    "show",
+    "doctor",
+)
 
 
 class CommandFolder(click.Group):

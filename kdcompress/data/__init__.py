@@ -1,7 +1,20 @@
 """Data sets, their splits, seeded views and loaders."""
 
+from kdcompress.data._hashing import keyed_hash, mix
 from kdcompress.data._sources import whole_source
-from kdcompress.data.base import ConcatSet, ImageSet, MemorySet, Split, Views, pick_views, unit_interval
+from kdcompress.data.base import (
+    ConcatSet,
+    ImageSet,
+    MemorySet,
+    Split,
+    Views,
+    content_digest,
+    cycle_views,
+    nth_view,
+    pick_views,
+    unit_interval,
+    view_number,
+)
 from kdcompress.data.contamination import seen_fraction, training_digests
 from kdcompress.data.loader import TrainLoader, eval_batches, label_targets
 from kdcompress.data.splits import Splits, load_splits
@@ -20,12 +33,18 @@ __all__ = [
     "TrainLoader",
     "Views",
     "build_views",
+    "content_digest",
+    "cycle_views",
     "eval_batches",
+    "keyed_hash",
     "label_targets",
     "load_splits",
+    "mix",
+    "nth_view",
     "pick_views",
     "seen_fraction",
     "training_digests",
     "unit_interval",
+    "view_number",
     "whole_source",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -144,6 +146,16 @@ class ConcatSet:
         return torch.cat([part.image_digests() for part in self.parts])
 
 
+def content_digest(images: ImageSet) -> str:
+    """SHA-256 over the content, order and decoded size of all images of a set, whatever their labels.
+
+    The first look at it reads into every file of a set that is too large for memory.
+    """
+    digest = hashlib.sha256(repr(tuple(images.image_shape)).encode())
+    digest.update(images.image_digests().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Split:
     """Some images of a set: train, val, test, calibration or holdout.
@@ -211,6 +223,52 @@ class Views(ABC):
 def pick_views(seed: int, epoch: int, ids: Int64[Tensor, "batch"], num_views: int) -> Int64[Tensor, "batch"]:
     """The view of each image that a run shows in an epoch: uniform over 0 … num_views − 1, a function of its key."""
     return bounded(keyed_hash(seed, epoch, 0, ids), num_views)
+
+
+def nth_view(numbers: Int64[Tensor, "batch"], ids: Int64[Tensor, "batch"], num_views: int) -> Int64[Tensor, "batch"]:
+    """Each image's own order of its views: view number `numbers[k]` (0 … num_views − 1) of image `ids[k]`.
+
+    For each image a permutation of all views, the same in every run: the first k of it are k fixed views, all different
+    and different from image to image. It is affine, start + number · stride, with start and stride hashed from the id
+    and the stride coprime to the number of views.
+    """
+    start, stride, _ = _own_order(ids, num_views)
+    return (start + numbers * stride) % num_views
+
+
+def view_number(views: Int64[Tensor, "batch"], ids: Int64[Tensor, "batch"], num_views: int) -> Int64[Tensor, "batch"]:
+    """The inverse of `nth_view`: which number a view has in its image's own order."""
+    start, _, inverse = _own_order(ids, num_views)
+    return (views - start) % num_views * inverse % num_views
+
+
+def cycle_views(
+    seed: int, epoch: int, ids: Int64[Tensor, "batch"], num_views: int, num_fixed: int
+) -> Int64[Tensor, "batch"]:
+    """The view of each image in an epoch where a run goes round among the first `num_fixed` of each image's order.
+
+    Where an image begins is a function of (seed, id), so that an epoch mixes all numbers; `num_fixed` epochs in a row
+    show each of an image's fixed views once.
+    """
+    begin = bounded(keyed_hash(seed, _BEGIN, ids), num_fixed)
+    return nth_view((begin + epoch) % num_fixed, ids, num_views)
+
+
+_OWN_START, _OWN_STRIDE, _BEGIN = -1, -2, -3  # no epoch: `pick_views` keys with (seed, epoch)
+
+
+def _own_order(ids: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Start and stride of each image's order, and the stride's inverse modulo `num_views`."""
+    strides, inverses = _strides(num_views)
+    which = bounded(keyed_hash(_OWN_STRIDE, ids), len(strides))
+    return bounded(keyed_hash(_OWN_START, ids), num_views), strides[which], inverses[which]
+
+
+@cache
+def _strides(num_views: int) -> tuple[Tensor, Tensor]:
+    """All numbers below `num_views` that are coprime to it, and their inverses."""
+    strides = [number for number in range(1, num_views + 1) if math.gcd(number, num_views) == 1]
+    return torch.tensor(strides), torch.tensor([pow(number, -1, num_views) for number in strides])
 
 
 def available_cores() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -11,7 +11,15 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from kdcompress.data._hashing import keyed_hash
-from kdcompress.data.base import MemorySet, Split, Views, available_cores, pick_views, unit_interval
+from kdcompress.data.base import (
+    MemorySet,
+    Split,
+    Views,
+    available_cores,
+    cycle_views,
+    pick_views,
+    unit_interval,
+)
 from kdcompress.errors import DataError, RecipeError, ShapeError
 from kdcompress.types import UNLABELLED, Batch
 
@@ -64,6 +72,8 @@ class TrainLoader:
         seed: of the run: order of the images and choice of the views.
         label_smoothing: share of a label that is spread over all classes, in [0, 1).
         workers: threads that make batches ahead; 0 chooses (1 for images in memory, else one per core, 8 at most).
+        num_fixed_views: go round among so many fixed views of each image (`cycle_views`), the same in every run; by
+            default each epoch picks from all views.
 
     Attributes:
         num_steps: batches in an epoch.
@@ -84,6 +94,7 @@ class TrainLoader:
         seed: int,
         label_smoothing: float = 0.0,
         workers: int = 0,
+        num_fixed_views: int | None = None,
     ) -> None:
         if not len(split):
             raise DataError("there are no training images")
@@ -91,6 +102,8 @@ class TrainLoader:
             raise RecipeError(f"a batch has at least 1 image, not {batch_size}", where="train.batch_size")
         if not 0 <= label_smoothing < 1:
             raise RecipeError(f"label smoothing lies in [0, 1), not {label_smoothing}", where="train.label_smoothing")
+        if num_fixed_views is not None and not 1 <= num_fixed_views <= views.num_views:
+            raise RecipeError(f"{num_fixed_views} fixed views of {views.num_views} that there are", where="cache.views")
         if views.num_images not in (None, len(split)):
             raise ShapeError(f"mixup among {views.num_images} images, the training split has {len(split)}")
         self.split = split
@@ -100,6 +113,7 @@ class TrainLoader:
         self.seed = seed
         self.label_smoothing = label_smoothing
         self.workers = _workers(split, workers)
+        self.num_fixed_views = num_fixed_views
         self.num_steps = -(-len(split) // batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -107,15 +121,23 @@ class TrainLoader:
         places = torch.arange(len(self.split))
         order = torch.argsort(keyed_hash(self.seed, epoch, _ORDER, places), stable=True)
         ids = self.split.ids[order]
-        views = pick_views(self.seed, epoch, ids, self.views.num_views)
+        if self.num_fixed_views is None:
+            views = pick_views(self.seed, epoch, ids, self.views.num_views)
+        else:
+            views = cycle_views(self.seed, epoch, ids, self.views.num_views, self.num_fixed_views)
 
         def make(step: int) -> Batch:
             chosen = slice(step * len(ids) // self.num_steps, (step + 1) * len(ids) // self.num_steps)
-            return self._batch(ids[chosen], views[chosen])
+            return self.batch(ids[chosen], views[chosen])
 
         return _ahead(make, range(start, self.num_steps), self.workers)
 
-    def _batch(self, ids: Tensor, views: Tensor) -> Batch:
+    def batches(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """`batch(ids, views)` for each piece in order, made ahead."""
+        return _ahead(lambda number: self.batch(*pieces[number]), range(len(pieces)), self.workers)
+
+    def batch(self, ids: Int64[Tensor, "batch"], views: Int64[Tensor, "batch"]) -> Batch:
+        """The batch of these views of these images, which belong to the split."""
         labels = self.split.images.labels[ids]
         targets = label_targets(labels, self.num_classes, self.label_smoothing)
         images = self.views.apply(self.split.images.load(ids), ids, views)

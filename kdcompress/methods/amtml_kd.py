@@ -11,7 +11,8 @@ Loss
     soft_targets   T² KL(q ‖ s), summed over classes, mean over the batch
     labels         cross entropy of y
     angles         Huber( cos∠(s_i, s_j, s_k) - cos∠(q_i, q_j, q_k) ), mean over triples of images
-    hints          Σ_t distance( regressor_t(student group of t), last map of teacher t )
+    hints          Σ_t distance( regressor_t(student group of t), last map of teacher t ), position by position
+                   (hint_pool: map), or of both maps' means over the positions (hint_pool: pooled)
     regulariser    |W|² + Σ_t |θ_t|²                                                  (paper only)
 
     variant: repaired (default). Gate: `heldout-gate`, refitted on held-out images and uniform where that is best.
@@ -47,10 +48,10 @@ from torch import nn
 
 from kdcompress.errors import RecipeError, ShapeError
 from kdcompress.logit_losses import LogitLoss, LossName, Mix
-from kdcompress.losses import align, cross_entropy, full_precision, hint_error, relation_angles
+from kdcompress.losses import align, cross_entropy, full_precision, global_average, hint_error, relation_angles
 from kdcompress.methods.base import Method, without_features
 from kdcompress.regressors import Regressor
-from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Outputs, Scalar, Share, Step, Term
+from kdcompress.types import FeatureForm, Head, LossTerms, Needs, NetworkShapes, Outputs, Scalar, Share, Step, Term
 from kdcompress.weightings.base import teachers_of
 from kdcompress.weightings.heldout_gate import HeldoutGate
 from kdcompress.weightings.latent_factors import LatentFactors
@@ -94,6 +95,8 @@ class AMTMLKD(Method):
         temperature: T of the soft targets and of the angles. 4; paper 5.
         soft_target_weight: 1; paper 2·0.7.
         label_weight: 1; paper 0.3.
+        hint_pool: "map" compares the hints position by position, "pooled" compares their means: 64 times fewer numbers
+            for 8 × 8 maps, which a teacher cache can hold.
         angle_share: repaired only, 0.1.
         hint_share: repaired only, 0.1 at the start.
         hint_until: repaired only, the progress at which the hints have faded out, 0.5.
@@ -121,6 +124,7 @@ class AMTMLKD(Method):
         temperature: Annotated[float, Field(gt=0)] | None = None,
         soft_target_weight: Annotated[float, Field(gt=0)] | None = None,
         label_weight: Weight | None = None,
+        hint_pool: FeatureForm = "map",
         angle_share: Part | None = None,
         hint_share: Part | None = None,
         hint_until: Annotated[float, Field(gt=0, le=1)] | None = None,
@@ -131,6 +135,7 @@ class AMTMLKD(Method):
     ) -> None:
         super().__init__(shapes, heads)
         self.variant = variant
+        self.hint_pool = hint_pool
         self.settings = resolve_options(
             variant,
             temperature=temperature,
@@ -158,15 +163,15 @@ class AMTMLKD(Method):
         )
 
     @classmethod
-    def needs(cls, *, variant: Variant = "repaired", **options: Any) -> Needs:
-        """Feature maps of both sides, and held-out images for the repaired gate."""
+    def needs(cls, *, variant: Variant = "repaired", hint_pool: FeatureForm = "map", **options: Any) -> Needs:
+        """Feature maps of both sides, of the teachers only the deepest; held-out images for the repaired gate."""
         separate = ("loss", "standardise", "mix")
         settings = resolve_options(variant, **{name: value for name, value in options.items() if name not in separate})
         hints = settings.get("hint_share") or settings.get("hint_weight")
         return Needs(
             labels="soft" if settings["label_weight"] else "none",
             student_features=("*",),
-            teacher_features={"*": "map"} if hints else {},
+            teacher_features={"last": hint_pool} if hints else {},
             batch_relations=bool(settings.get("angle_share") or settings.get("angle_weight")),
             heldout=variant == "repaired",
             mixup_allowed=options.get("loss") != "dkd",
@@ -225,7 +230,8 @@ class AMTMLKD(Method):
         errors = []
         for features, teacher in zip(teachers.features, teachers.teacher_ids, strict=True):
             group, stage = self.pairs[teacher]
-            student, hint = align(step.student.features[group], features[stage])
+            hint = global_average(features[stage]) if self.hint_pool == "pooled" else features[stage]
+            student, hint = align(step.student.features[group], hint)
             if self.variant == "paper":
                 student = self.regressors[teacher](F.normalize(full_precision(student), dim=1))
                 errors.append(hint_error(student, hint, "mse"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from kdcompress.bundle import Preprocess
 from kdcompress.data import Splits, TrainLoader, build_views, unit_interval, whole_source
@@ -80,6 +81,12 @@ class Parts:
     needs: Needs
     loader: TrainLoader
     facts: RunFacts
+
+    def seen_before(self, index: int) -> Tensor | None:
+        """Sorted digests of the images that the weights have seen that a student starts from, where known."""
+        decision = self.students[index].decision
+        start = decision.teacher if decision.kind == "teacher" else None
+        return None if start is None else self.teachers[start].checkpoint.training_digests
 
 
 def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
@@ -182,7 +189,8 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         data_digest=splits.digest,
         notes=tuple(notes),
     )
-    return Parts(recipe, splits, opened, started, methods, needs, build_loader(recipe, splits), facts)
+    loader = build_loader(recipe, splits, cached=bool(asked_teachers) and recipe.cache.enabled)
+    return Parts(recipe, splits, opened, started, methods, needs, loader, facts)
 
 
 def require_students(asked: Recipe, needs: Needs) -> None:
@@ -243,7 +251,7 @@ def any_saw_val(answers: Sequence[bool | None]) -> bool | None:
 
 def with_whole_paths(recipe: Recipe) -> Recipe:
     """The recipe with the files it names as absolute paths, so that it means the same from any folder."""
-    data = recipe.data
+    data, cache = recipe.data, recipe.cache
     paths = {key: str(Path(path).resolve()) for key in ("holdout", "unlabeled") if (path := getattr(data, key))}
     if data.source is not None:
         paths["source"] = whole_source(data.source)
@@ -252,17 +260,19 @@ def with_whole_paths(recipe: Recipe) -> Recipe:
         start = str(Path(student.init).resolve()) if names_file(student.init) else student.init
         return student.model_copy(update={"init": start})
 
+    folder = str(Path(cache.dir).resolve()) if cache.dir else None
     return recipe.model_copy(
         update={
             "data": data.model_copy(update=paths),
             "student": whole(recipe.student),
             "students": tuple(whole(student) for student in recipe.students),
+            "cache": cache.model_copy(update={"dir": folder}),
         }
     )
 
 
-def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
-    """The training images in the views of the recipe."""
+def build_loader(recipe: Recipe, splits: Splits, *, cached: bool = False) -> TrainLoader:
+    """The training images in the views of the recipe; with a cache, in the fixed views that it will hold."""
     data, train_ = recipe.data, recipe.train
     views = build_views(
         data.views,
@@ -272,6 +282,7 @@ def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
         num_images=len(splits.train),
         view_seed=data.view_seed,
     )
+    fixed = min(recipe.cache.views, train_.epochs) if cached and recipe.cache.views < views.num_views else None
     return TrainLoader(
         splits.train,
         views,
@@ -280,6 +291,7 @@ def build_loader(recipe: Recipe, splits: Splits) -> TrainLoader:
         seed=recipe.seed,
         label_smoothing=train_.label_smoothing,
         workers=data.workers,
+        num_fixed_views=fixed,
     )
 
 

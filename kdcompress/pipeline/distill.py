@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from kdcompress.display import format_seconds, open_display
 from kdcompress.errors import InputError, RecipeError
 from kdcompress.files import atomic_folder, require_empty
 from kdcompress.methods.supervised import Supervised
-from kdcompress.networks import LiveTeachers, Teacher, TeacherEnsemble, save_student
+from kdcompress.networks import Teacher, save_student
 from kdcompress.optim import Optimisation
+from kdcompress.pipeline._answers import Answers, open_answers
 from kdcompress.pipeline._parts import Parts, choose_device, prepare, with_whole_paths
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
 from kdcompress.recipe import Recipe, build_recipe, differences, merge, read_recipe, write_recipe
@@ -69,16 +71,21 @@ def distill(
         content = merge(read_recipe(recipe) if recipe else {}, changes)
         asked = build_recipe(content, overrides, where=f"recipe {recipe}" if recipe else "the command")
     parts = prepare(asked, speak, offline=offline)
-    if not resume:
-        named = "+".join(str(section.arch) for section in parts.recipe.trained)
-        run = RunFolder.create(out, f"{parts.recipe.method.name}-{named}")
-        with atomic_folder(run.path) as folder:  # a run that is killed can be resumed, or has no folder yet
-            write_recipe(parts.recipe, folder / RECIPE_FILE)
-            RunFolder(folder).write_facts(parts.facts)
-        speak.print(f"run: {run.path}")
-    elif parts.facts.data_digest != run.facts.data_digest:
-        raise InputError("the data is not what the run began with", where=str(run.path), fix="give back the same data")
-    result = run_training(parts, run, resume=resume)
+    seen = [all_digests(parts, index) for index in range(len(parts.students))]
+    with contextlib.closing(open_answers(parts, speak)) as answers:
+        parts = replace(parts, teachers=())  # whoever still has to ask them holds them
+        if not resume:
+            named = "+".join(str(section.arch) for section in parts.recipe.trained)
+            run = RunFolder.create(out, f"{parts.recipe.method.name}-{named}")
+            with atomic_folder(run.path) as folder:  # a run that is killed can be resumed, or has no folder yet
+                write_recipe(parts.recipe, folder / RECIPE_FILE)
+                RunFolder(folder).write_facts(parts.facts)
+            speak.print(f"run: {run.path}")
+        elif parts.facts.data_digest != run.facts.data_digest:
+            fix = "give back the same data"
+            raise InputError("the data is not what the run began with", where=str(run.path), fix=fix)
+        answers.prepare()
+        result = run_training(parts, answers, run, resume=resume)
     final = result.history[-1]
     top1 = final.val_top1_ema or final.val_top1
     best = max(range(len(top1)), key=lambda index: top1[index])
@@ -88,7 +95,7 @@ def distill(
             run.path / (STUDENT if index == best else f"{PEER}-{index + 1}"),
             classes=parts.splits.classes,
             provenance=(describe(parts, index),),
-            training_digests=all_digests(parts, index),
+            training_digests=seen[index],
             replace=index != best,
         )
     told = " · ".join(f"{value:.2%}" for value in top1)
@@ -158,18 +165,20 @@ def require_unchanged(stored: Recipe, changes: Mapping[str, Any], overrides: Seq
         )
 
 
-def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
+def run_training(parts: Parts, answers: Answers, run: RunFolder, *, resume: bool) -> TrainResult:
     """The training itself; before it each student alone, where the method asks for its own trained copy."""
     settings, splits = parts.recipe.train, parts.splits
     students = [one.student for one in parts.students]
-    asks = parts.needs.teachers[1] > 0 and bool(parts.teachers)
-    ensemble = TeacherEnsemble([one.teacher for one in parts.teachers]) if asks else None
     same: dict[str, Any] = {
         "seed": parts.recipe.seed,
         "device": choose_device(settings.device),
         "precision": settings.precision,
         "val": splits.val,
-        "identity": {"data": splits.digest, "views": parts.loader.views.key()},
+        "identity": {
+            "data": splits.digest,
+            "views": parts.loader.views.key(),
+            "fixed views": parts.loader.num_fixed_views,
+        },
         "resume": resume,
         "checkpoint_every_seconds": 60 * settings.checkpoint_minutes,
     }
@@ -195,13 +204,14 @@ def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
     return train(
         students,
         parts.methods,
-        LiveTeachers(ensemble) if ensemble is not None else None,
+        answers.training,
         parts.loader,
         epochs=settings.epochs,
         optimisation=optimisation,
         out=run.path,
         display=open_display(),
         heldout=splits.holdout,
+        heldout_teachers=answers.heldout,
         self_teachers=copies,
         **same,
     )
@@ -210,9 +220,7 @@ def run_training(parts: Parts, run: RunFolder, *, resume: bool) -> TrainResult:
 def all_digests(parts: Parts, index: int) -> Tensor:
     """Digests of all images that a student's weights have seen: its own, and those of the teacher it starts from."""
     own = training_digests(parts.splits.train)
-    decision = parts.students[index].decision
-    start = decision.teacher if decision.kind == "teacher" else None
-    before = None if start is None else parts.teachers[start].checkpoint.training_digests
+    before = parts.seen_before(index)
     return own if before is None else torch.unique(torch.cat([own, before]))
 
 
@@ -222,9 +230,10 @@ def describe(parts: Parts, index: int) -> dict[str, Any]:
     kept = ("name", "arch", "digest", "licence")
     several: dict[str, Any] = {"students": [one.student.arch for one in parts.students]}
     return provenance_step(
-        "distill" if parts.teachers or len(parts.students) > 1 else "train",
+        "distill" if recipe.teachers or len(parts.students) > 1 else "train",
         method={"name": recipe.method.name, **recipe.method.options},
         train=recipe.train.model_dump(mode="json", exclude={"device", "checkpoint_minutes"}),
+        cache=recipe.cache.model_dump(mode="json", include={"views", "top_k"}) if recipe.cache.enabled else None,
         seed=recipe.seed,
         data=parts.splits.digest,
         init=parts.students[index].describe(),

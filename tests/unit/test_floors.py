@@ -29,7 +29,7 @@ FLOORS = (
     {"networks", "methods"},
     {"init", "runtimes", "training_step"},
     {"training_session", "heldout"},
-    {"train", "quantize", "export", "report"},
+    {"train", "teacher_cache", "quantize", "export", "report"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

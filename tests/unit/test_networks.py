@@ -24,6 +24,7 @@ from kdcompress.networks import (
     Student,
     Teacher,
     TeacherEnsemble,
+    feature_forms,
     load_student,
     log_mean_probability,
     require_features,
@@ -145,6 +146,30 @@ def test_live_teachers_answer_without_gradient() -> None:
     assert not outputs.logits.requires_grad
     assert not outputs.logits.is_inference()
     assert torch.equal(outputs.logits, ensemble(images).logits)
+
+
+def test_live_teachers_send_the_maps_that_are_wanted_in_the_form_wanted() -> None:
+    ensemble = TeacherEnsemble([teacher(), teacher("vgg8")])
+    images = torch.rand(3, 3, 8, 8)
+    whole = ensemble(images).features
+    assert [dict(maps) for maps in LiveTeachers(ensemble, {})(batch(images)).features] == [{}, {}]
+    everything = LiveTeachers(ensemble)(batch(images)).features
+    assert [list(maps) for maps in everything] == [list(maps) for maps in whole]
+    pooled = LiveTeachers(ensemble, {"last": "pooled", "stage1": "map"})(batch(images)).features
+    for maps, expected in zip(pooled, whole, strict=True):
+        last = list(expected)[-1]
+        assert set(maps) == {"stage1", last}
+        torch.testing.assert_close(maps["stage1"], expected["stage1"])
+        torch.testing.assert_close(maps[last], F.adaptive_avg_pool2d(expected[last], 1))
+
+
+def test_the_names_of_wanted_maps() -> None:
+    stages = ("stage1", "stage2", "stage3")
+    assert feature_forms(stages, {"*": "pooled"}) == dict.fromkeys(stages, "pooled")
+    assert feature_forms(stages, {"last": "map"}) == {"stage3": "map"}
+    assert feature_forms((), {"*": "map", "last": "map"}) == {}
+    with pytest.raises(ShapeError, match="did you mean 'stage3'"):
+        feature_forms(stages, {"stage4": "map"})
 
 
 def test_teacher_from_a_checkpoint(tmp_path: Path) -> None:

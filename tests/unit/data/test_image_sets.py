@@ -3,7 +3,7 @@ import hashlib
 import pytest
 import torch
 
-from kdcompress.data.base import ConcatSet, MemorySet, Split
+from kdcompress.data.base import ConcatSet, MemorySet, Split, content_digest
 from kdcompress.errors import ShapeError
 
 
@@ -52,3 +52,13 @@ def test_taking_some_of_a_split_keeps_numbers_and_shares() -> None:
     assert set(some.ids.tolist()) < set(range(10, 40))
     assert torch.equal(some.digests(), split.images.image_digests()[some.ids])
     assert torch.equal(split.take(99).ids, split.ids)
+
+
+def test_a_sets_digest_changes_with_content_order_and_size_and_not_with_labels() -> None:
+    pool = make_set(20)
+    same = MemorySet(pool.images.clone(), (pool.labels + 1) % 2, ("c", "d"))
+    assert content_digest(pool) == content_digest(same)
+    order = torch.arange(20).flip(0)
+    resized = MemorySet(pool.images[:, :, :3], pool.labels, pool.classes, pool.image_digests())
+    others = [make_set(20, seed=1), MemorySet(pool.images[order], pool.labels, pool.classes), make_set(19), resized]
+    assert len({content_digest(images) for images in (pool, *others)}) == 5

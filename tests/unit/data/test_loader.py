@@ -188,3 +188,27 @@ def test_what_cannot_be_is_refused(options: dict[str, object], error: type[Excep
 def test_no_images_is_an_error() -> None:
     with pytest.raises(DataError, match="no training images"):
         make_loader(make_split(3, members=[]))
+
+
+@pytest.mark.parametrize("views", [CropFlip(1), Mixup(CropFlip(1), 0.5, 50)], ids=lambda v: v.key())
+def test_a_loader_that_goes_round_shows_the_fixed_views_and_the_same_pictures(views: Views) -> None:
+    split = make_split(50)
+    loader = make_loader(split, views, num_fixed_views=3)
+    shown = [list(loader.epoch(epoch)) for epoch in range(4)]
+    seen = [
+        {(int(i), int(v)) for batch in batches for i, v in zip(batch.ids, batch.views, strict=True)}
+        for batches in shown
+    ]
+    assert len(seen[0] | seen[1] | seen[2]) == 150
+    assert seen[3] == seen[0]
+    pieces = [(batch.ids, batch.views) for batch in shown[1]]
+    assert all(same(one, other) for one, other in zip(loader.batches(pieces), shown[1], strict=True))
+    free = make_loader(split, views)
+    assert all(same(free.batch(*piece), batch) for piece, batch in zip(pieces, shown[1], strict=True))
+    assert [batch.ids.tolist() for batch in free.epoch(1)] == [batch.ids.tolist() for batch in shown[1]]
+
+
+@pytest.mark.parametrize("count", [0, 19])
+def test_more_fixed_views_than_there_are_are_refused(count: int) -> None:
+    with pytest.raises(RecipeError, match=f"{count} fixed views of 18"):
+        make_loader(make_split(5), num_fixed_views=count)

@@ -71,7 +71,7 @@ def hint_oracle(method: AMTMLKD, step: Step) -> float:
     total = 0.0
     for t, stage in enumerate(("stage1", "stage2", "stage3")):
         s, h = array(step.student.features[stage]), array(step.teachers.features[t]["stage3"])
-        size = min(s.shape[2], h.shape[2])
+        size = 1 if method.hint_pool == "pooled" else min(s.shape[2], h.shape[2])
         h = pooled(h, size)
         regressor = method.regressors[t]
         if method.variant == "paper":
@@ -101,12 +101,19 @@ def build(variant: str, **options: object) -> tuple[AMTMLKD, Step]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "options"), [("repaired", {}), ("paper", {}), ("paper", {"official_compat": True})]
+    ("variant", "options"),
+    [
+        ("repaired", {}),
+        ("repaired", {"hint_pool": "pooled"}),
+        ("paper", {}),
+        ("paper", {"hint_pool": "pooled"}),
+        ("paper", {"official_compat": True}),
+    ],
 )
 def test_every_term_against_the_equations(variant: str, options: dict[str, object]) -> None:
     method, step = build(variant, **options)
     assert step.teachers is not None
-    T, compat = (4.0 if variant == "repaired" else 5.0), bool(options)
+    T, compat = (4.0 if variant == "repaired" else 5.0), "official_compat" in options
     w = softmax(gate_scores(method, step))
     z, y = array(step.student.logits), array(step.label_targets)
     q = np.einsum("bt,btc->bc", w, softmax(array(step.teachers.logits) / T))
@@ -146,6 +153,16 @@ def test_the_weights_of_the_terms(variant: str, weights: dict[str, float | Share
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         assert found[name] == (weight if isinstance(weight, Share) else pytest.approx(weight)), name
+
+
+@pytest.mark.parametrize("variant", ["repaired", "paper"])
+def test_pooled_hints_are_the_same_loss_whether_a_source_sends_the_maps_or_their_means(variant: str) -> None:
+    method, step = build(variant, hint_pool="pooled")
+    assert AMTMLKD.needs(variant=variant, hint_pool="pooled").teacher_features == {"last": "pooled"}  # type: ignore[arg-type]
+    assert step.teachers is not None
+    means = tuple({"stage3": maps["stage3"].mean((2, 3), keepdim=True)} for maps in step.teachers.features)
+    reduced = replace(step, teachers=replace(step.teachers, features=means))
+    assert torch.equal(method(reduced).terms["hints"].value, method(step).terms["hints"].value)
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.1), (0.125, 0.075), (0.25, 0.05), (0.5, None), (1.0, None)])
@@ -246,6 +263,7 @@ def test_an_option_of_the_other_variant_is_refused(variant: str, options: dict[s
 
 def test_needs() -> None:
     assert AMTMLKD.needs().heldout
+    assert AMTMLKD.needs().teacher_features == {"last": "map"}
     assert not AMTMLKD.needs(variant="paper").heldout
     assert not AMTMLKD.needs(angle_share=0.0).batch_relations
     assert AMTMLKD.needs(label_weight=0.0).labels == "none"
