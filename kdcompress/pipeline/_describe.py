@@ -72,7 +72,7 @@ def describe_training(recipe: Recipe, facts: RunFacts) -> dict[str, Any]:
         **({"pretrain_epochs": alone} if alone else {}),
         "seed": recipe.seed,
         "student": " + ".join(str(student.arch) for student in recipe.trained),
-        "start": " + ".join(f"{start.get('kind')} ({start.get('why')})" for start in starts),
+        "start": " + ".join(f"{start.get('kind')}: {start.get('why')}" for start in starts),
     }
 
 

@@ -175,7 +175,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         asked.model_copy(
             update={
                 "train": train_section,
-                "data": data,
+                "data": data.model_copy(update={"image_size": splits.square_side}),
                 "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
             }
         )
