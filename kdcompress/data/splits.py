@@ -49,6 +49,12 @@ class Splits:
         """Channels, height, width of every image."""
         return self.train.images.image_shape
 
+    @property
+    def square_side(self) -> int | None:
+        """The size of every image where it is a square."""
+        _, height, width = self.image_shape
+        return height if height == width else None
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the content, labels and classes of all images, whatever the split seed and the limits.

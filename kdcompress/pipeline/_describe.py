@@ -69,7 +69,7 @@ def describe_training(recipe: Recipe, facts: RunFacts) -> dict[str, Any]:
         "epochs": recipe.train.epochs,
         "seed": recipe.seed,
         "student": recipe.student.arch,
-        "start": f"{facts.init.get('kind')} ({facts.init.get('why')})",
+        "start": f"{facts.init.get('kind')}: {facts.init.get('why')}",
     }
 
 

@@ -149,7 +149,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
         asked.model_copy(
             update={
                 "train": asked.train.model_copy(update={"lr": lr}),
-                "data": data,
+                "data": data.model_copy(update={"image_size": splits.square_side}),
                 "teachers": tuple(resolved(s, one) for s, one in zip(asked.teachers, opened, strict=True)),
             }
         )

@@ -15,13 +15,15 @@ from kdcompress.evaluate import Accuracy, evaluate
 from kdcompress.networks import Teacher, TeacherEnsemble
 from kdcompress.recipe import TeacherSection
 from kdcompress.teachers import LoadedCheckpoint, build_from, load_checkpoint
-from kdcompress.teachers.preprocessing import measure_preprocessing
+from kdcompress.teachers.preprocessing import Normalisation, measure_preprocessing, measure_size
 from kdcompress.types import FeatureShape, Images, Labels, Predictor
 
 MEASURED_IMAGES = 512
 """Training images on which a normalisation that nobody states is measured."""
 EXAMINED_IMAGES = 2000
 """At most so many images of val and of holdout are used to examine each teacher before training."""
+KNOWN_BY_HEART = 0.9
+"""A teacher that is right on so many training images was trained at their size."""
 SAME = 1e-2
 """A difference of two accuracies with a smaller p-value than this is not chance."""
 
@@ -117,6 +119,8 @@ def open_teacher(
 ) -> OpenedTeacher:
     """The teacher with the normalisation that the recipe says, else its file, else the one that is measured.
 
+    The size of its images is found likewise; it is only measured where the teacher does not know the sample by heart.
+
     Args:
         section: what the recipe says of it.
         checkpoint: its file.
@@ -143,9 +147,15 @@ def open_teacher(
         raise CheckpointError("the file does not state its normalisation", where=str(checkpoint.path))
     else:
         images, labels = sample()
-        sized = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
-        fit = measure_preprocessing(network, sized if (height, width) != image_shape[1:] else images, labels)
-        mean, std, origin = fit.mean, fit.std, f"{fit.name}, measured on {len(labels)} images"
+        fit = measure_preprocessing(network, _resized(images, height, width), labels)
+        at = ""
+        if size is None and fit.accuracy < KNOWN_BY_HEART:
+            side = measure_size(network, images, labels, Normalisation(fit.mean, fit.std))
+            if side is not None:
+                height = width = side
+                fit = measure_preprocessing(network, _resized(images, height, width), labels)
+                at = f" at {height} × {width}"
+        mean, std, origin = fit.mean, fit.std, f"{fit.name}{at}, measured on {len(labels)} images"
     resize: Resize = "none" if (height, width) == image_shape[1:] else "bilinear"
     teacher = Teacher(
         network,
@@ -177,8 +187,15 @@ def resolved(section: TeacherSection, opened: OpenedTeacher) -> TeacherSection:
             "arch": checkpoint.arch if checkpoint.preprocess is None else None,
             "mean": preprocess.mean,
             "std": preprocess.std,
+            "image_size": section.image_size if preprocess.resize == "none" else preprocess.square_side,
         }
     )
+
+
+def _resized(images: Images, height: int, width: int) -> Images:
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
 
 def sample_of(splits: Splits) -> tuple[Images, Labels]:

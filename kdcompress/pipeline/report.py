@@ -206,6 +206,8 @@ def evaluate_one(model: str, *, data: str, as_json: bool = False) -> Accuracy:
         opened = open_teacher(section, checkpoints[0], 1, splits.image_shape, partial(sample_of, splits))
         predictor, normalisation = opened.teacher.predict, opened.origin
     accuracy = evaluate(predictor, eval_batches(splits.test, len(splits.classes)), len(splits.classes))
+    for note in () if as_json else splits.notes:
+        console().print(f"note: {note}")
     if as_json:
         facts = {"model": model, "data": splits.name, "part": "test", "normalisation": normalisation}
         print(json.dumps(facts | asdict(accuracy), ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""The normalisation that a foreign checkpoint does not state, measured on labelled images.
+"""The normalisation and the image size that a foreign checkpoint does not state, measured on labelled images.
 
 A teacher that knows its training images by heart is right on all of them under several wrong normalisations. So
 accuracy only rejects, and the lowest negative log-likelihood decides. With some hundred such images the likelihoods
@@ -28,6 +28,13 @@ _REJECTED_BELOW_BEST = 0.05
 """How far below the best accuracy a candidate may lie, as a fraction of 1."""
 _NOISE = 4.0
 """Mean differences of the likelihood below so many standard errors may be chance."""
+_SIZES = (32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 320)
+_SIZED_IMAGES = 128
+"""So many images are enough to tell sizes apart: the differences that count are large."""
+_PATIENCE = 2
+"""So many sizes in a row without a gain end the search in a direction."""
+_BETTER_SIZE = 0.1
+"""How much more accurate another size must be, as a fraction of 1. A little larger than in training is often better."""
 _CLEAR = 0.5
 """The best match with batch norm's memory decides where it is below this share of the next."""
 
@@ -142,6 +149,52 @@ def measure_preprocessing(
         at_chance=best.accuracy <= chance + 3 * deviation,
         accuracy_if_reordered=_reordered_accuracy(logits[best.name], labels),
     )
+
+
+def measure_size(
+    network: nn.Module, images: Images, labels: Labels, value: Normalisation, sizes: Sequence[int] = _SIZES
+) -> int | None:
+    """Finds the image size that a network was trained at, where it clearly is not that of the images.
+
+    Smaller sizes are tried from the images' own downwards, larger ones upwards, as long as that helps.
+
+    Args:
+        network: bare; run in eval mode on its own device, and left in the mode it was in.
+        images: labelled images in [0, 1]; `_SIZED_IMAGES` of them are used.
+        labels: their classes.
+        value: its normalisation, as far as that is known.
+        sizes: sides of squares to try.
+
+    Returns:
+        The size of the lowest NLL among those at which it is right on a tenth of the images more than at their own, and
+        the NLL lower beyond chance; None without one. Sizes that the network cannot take are passed over.
+    """
+    step = -(-len(images) // _SIZED_IMAGES)
+    images, labels = images[::step], labels[::step].cpu()
+
+    def answer(part: Tensor) -> tuple[float, Tensor]:
+        logits = _logits(network, part, value).double()
+        correct = (logits.argmax(1) == labels).double().mean().item()
+        return correct, F.cross_entropy(logits, labels, reduction="none")
+
+    start, losses = answer(images)
+    side = max(images.shape[-2:])
+    found: list[tuple[float, int]] = []
+    smaller, larger = (size for size in sizes if size < side), (size for size in sizes if size > side)
+    for direction in (sorted(smaller, reverse=True), sorted(larger)):
+        best, stale = start, 0
+        for size in direction:
+            try:
+                correct, nll = answer(F.interpolate(images, (size, size), mode="bilinear", antialias=True))
+            except RuntimeError:  # too small for its strides, or made for one size
+                continue
+            stale = 0 if correct > best else stale + 1
+            best = max(best, correct)
+            if correct >= start + _BETTER_SIZE and _standard_errors(losses - nll) > _NOISE:
+                found.append((nll.mean().item(), size))
+            if stale == _PATIENCE:
+                break
+    return min(found)[1] if found else None
 
 
 def _ranked(scores: Sequence[CandidateScore], losses: Mapping[str, Tensor]) -> tuple[CandidateScore, ...]:

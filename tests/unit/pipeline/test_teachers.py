@@ -7,7 +7,7 @@ from kdcompress.bundle import Preprocess
 from kdcompress.data import load_splits
 from kdcompress.errors import ShapeError
 from kdcompress.models import build_network
-from kdcompress.pipeline._teachers import image_size, read_checkpoints, require_fitting
+from kdcompress.pipeline._teachers import image_size, open_teacher, read_checkpoints, require_fitting, resolved
 from kdcompress.recipe import TeacherSection
 from kdcompress.teachers import save_checkpoint
 
@@ -45,3 +45,14 @@ def test_the_size_wanted_is_the_largest_square(tmp_path: Path) -> None:
     assert image_size(sections[2:], read_checkpoints(sections[2:])) is None
     larger = [sections[0].model_copy(update={"image_size": 48})]
     assert image_size(larger, read_checkpoints(larger)) == 48
+
+
+def test_another_size_than_the_images_stands_in_the_resolved_section(tmp_path: Path) -> None:
+    section = checkpoint_of(tmp_path / "a.pt", "resnet8", num_classes=10, in_channels=1)
+    (checkpoint,) = read_checkpoints([section])
+    stated = section.model_copy(update={"mean": (0.5,), "std": (0.5,), "image_size": 16})
+    for asked, shape, size in ((stated, (1, 8, 8), 16), (stated, (1, 16, 16), 16)):
+        opened = open_teacher(asked, checkpoint, 1, shape)
+        again = resolved(asked, opened)
+        assert again.image_size == size
+        assert open_teacher(again, checkpoint, 1, shape).teacher.preprocess == opened.teacher.preprocess

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdcompress.errors import ShapeError
 from kdcompress.models import build_network
 from kdcompress.networks import Teacher
-from kdcompress.teachers.preprocessing import CANDIDATES, Normalisation, measure_preprocessing
+from kdcompress.teachers.preprocessing import CANDIDATES, Normalisation, measure_preprocessing, measure_size
 
 COLOUR = {name: value for name, value in CANDIDATES.items() if len(value.mean) == 3}
 
@@ -187,3 +187,35 @@ def test_published_teachers_were_trained_with_imagenets(shared_data: Path, first
         assert fit is not None
         assert (fit.name, fit.accuracy > 0.97) == ("imagenet", True)
         assert teacher.preprocess.mean == (0.485, 0.456, 0.406)
+
+
+class Blob(nn.Module):
+    """Tells bright images from dark ones near one size, guesses at others, and refuses tiny ones."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, images: Tensor) -> Tensor:
+        height = images.shape[-1]
+        if height < 12:
+            raise RuntimeError("kernel size can't be greater than actual input size")
+        sharpness = 8.0 * max(0.0, 1 - abs(height - self.side) / 24)
+        bright = images.mean((1, 2, 3)) - 0.5
+        return sharpness * torch.stack([-bright, bright], 1).sign() + torch.tensor([0.1, 0.0])
+
+
+@pytest.mark.parametrize(("trained", "found"), [(32, 32), (64, None), (96, 96), (8, None)])
+def test_the_size_of_training_is_found_where_it_is_another(trained: int, found: int | None) -> None:
+    labels = torch.arange(300) % 2
+    images = (0.3 + 0.4 * labels[:, None, None, None].float()).expand(300, 3, 64, 64).contiguous()
+    network = Blob(trained).train()
+    assert (
+        measure_size(network, images, labels, Normalisation((0.0,) * 3, (1.0,) * 3), (8, 16, 32, 48, 96, 128)) == found
+    )
+    assert network.training
+
+
+def test_a_size_that_is_a_little_better_changes_nothing() -> None:
+    network, (images, labels) = trained_under(CANDIDATES["half"]), pictures(120, seed=3)
+    assert measure_size(network, images, labels, CANDIDATES["half"]) is None
