@@ -11,7 +11,7 @@ from kdcompress.recipe import build_recipe
 def test_the_variant_of_a_method_is_named_though_the_recipe_does_not_say_it() -> None:
     recipe = build_recipe({"student": {"arch": "resnet20"}}, ["method.label_weight=0.5", "seed=3"])
     told = describe_training(recipe, RunFacts(init={"kind": "teacher", "why": "92% of its tensors fit teacher 1"}))
-    assert told["options"] == {"variant": "repaired", "label_weight": 0.5}
+    assert told["options"] == {"variant": "repaired", "hint_pool": "map", "label_weight": 0.5}
     assert told["start"] == "teacher: 92% of its tensors fit teacher 1"
     assert (told["method"], told["seed"], told["student"]) == ("amtml-kd", 3, "resnet20")
 
