@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,9 @@ with warnings.catch_warnings():
     import torchvision  # noqa: F401
 
 torch.set_num_threads(1)
+# A busy machine must not fail a test: how long an example takes is not what is tested.
+settings.register_profile("kdcompress", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kdcompress")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def test_several_students_are_all_named() -> None:
     init = {"kind": "random", "why": "asked for", "peers": [{"kind": "file", "why": "asked for"}]}
     told = describe_training(build_recipe(content, ["train.pretrain_epochs=7"]), RunFacts(init=init))
     assert told["student"] == "resnet20 + dscnn"
-    assert told["start"] == "random (asked for) + file (asked for)"
+    assert told["start"] == "random: asked for + file: asked for"
     assert told["pretrain_epochs"] == 7
 
 
