@@ -19,6 +19,7 @@ ORDER = (
     "demo",
     "train",
     "distill",
+    "compare",
     "cache",
     "quantize",
     "export",

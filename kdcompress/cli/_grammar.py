@@ -1,8 +1,20 @@
-"""What click does not have: options that take several values, and KEY=VALUE words."""
+"""What click does not have: options that take several values, KEY=VALUE words, and flags that are recipe keys."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import click
+
+FLAG_KEYS = {
+    "student": ("student", "arch"),
+    "init": ("student", "init"),
+    "data": ("data", "source"),
+    "unlabeled": ("data", "unlabeled"),
+    "holdout": ("data", "holdout"),
+    "method": ("method", "name"),
+}
 
 
 class SeveralValuesCommand(click.Command):
@@ -53,3 +65,24 @@ def _is_override(word: str) -> bool:
     from kdcompress.recipe import OVERRIDE  # imports pydantic, which --help need not wait for
 
     return OVERRIDE.match(word) is not None
+
+
+def sections(teachers: Sequence[str], students: Sequence[str], **flags: str | None) -> dict[str, Any]:
+    """The recipe sections that the flags mean: `student="resnet20", init=None` → {"student": {"arch": "resnet20"}}.
+
+    Raises:
+        click.UsageError: both one student and several are asked for.
+    """
+    changes: dict[str, Any] = {}
+    for flag, value in flags.items():
+        if value is not None:
+            section, key = FLAG_KEYS[flag]
+            changes.setdefault(section, {})[key] = value
+    if teachers:
+        changes["teachers"] = [{"path": teacher} for teacher in teachers]
+    if students:
+        alone = changes.pop("student", {})
+        if "arch" in alone:
+            raise click.UsageError("--student is one student, --students are several: give one of the two")
+        changes["students"] = [{"arch": student, **alone} for student in students]
+    return changes

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kdcompress.cli._grammar import SeveralValuesCommand
+from kdcompress.cli._grammar import SeveralValuesCommand, sections
 
 
 @click.command(cls=SeveralValuesCommand)
@@ -45,32 +45,5 @@ def command(
     """
     from kdcompress.pipeline.distill import distill
 
-    changes = _sections(flags)
-    if teachers:
-        changes["teachers"] = [{"path": teacher} for teacher in teachers]
-    if students:
-        alone = changes.pop("student", {})
-        if "arch" in alone:
-            raise click.UsageError("--student is one student, --students are several: give one of the two")
-        changes["students"] = [{"arch": student, **alone} for student in students]
+    changes = sections(teachers, students, **flags)
     distill(changes, overrides, recipe=recipe, out=out, resume=resume, offline=offline)
-
-
-FLAG_KEYS = {
-    "student": ("student", "arch"),
-    "init": ("student", "init"),
-    "data": ("data", "source"),
-    "unlabeled": ("data", "unlabeled"),
-    "holdout": ("data", "holdout"),
-    "method": ("method", "name"),
-}
-
-
-def _sections(flags: dict[str, Any]) -> dict[str, Any]:
-    """{"student": "resnet20", "init": None} → {"student": {"arch": "resnet20"}}."""
-    changes: dict[str, Any] = {}
-    for flag, value in flags.items():
-        if value is not None:
-            section, key = FLAG_KEYS[flag]
-            changes.setdefault(section, {})[key] = value
-    return changes
