@@ -1,0 +1,212 @@
+"""The gate: is a compressed model measurably faster than the best it replaces, and is its accuracy within the limit?
+
+Speed: in each of several processes both models are timed in turns; the ratios of their medians, one for each process,
+have a Student t interval on the logarithmic scale. The model must beat every rival (fp32, and fp16 where there is one)
+by the lower end of its interval. Accuracy: the drop on the same images has the paired interval of Bonett and Price
+(2012, `evaluate.paired_difference`); its upper end must be within the limit. Both intervals are two-sided, 95 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool
+from torch import Tensor
+
+from kdcompress.errors import DataError
+from kdcompress.evaluate import Z95, paired_difference
+
+Answer: TypeAlias = Literal["pass", "fail", "cannot decide", "unmeasured on target"]
+
+LEAST_RESTARTS = 5
+"""Processes below which nothing is said about speed: memory layout differs from one to the next."""
+_MOST_IMAGES = 1_000_000
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times as fast a model is as its rival.
+
+    Args:
+        rival: what it is compared with: "fp32", "fp16".
+        ratio: geometric mean over processes of the rival's median divided by the model's; above 1 is faster.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        restarts: processes.
+        batch_size: images in one call.
+    """
+
+    rival: str
+    ratio: float
+    low: float
+    high: float
+    restarts: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Drop:
+    """How much top-1 accuracy a model loses against its source on the same images; fractions of 1, positive is worse.
+
+    Args:
+        value: the drop that was seen.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        n: images.
+        changed: images that only one of the two gets right.
+        images: which ones: "val", "second half of holdout" …
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    changed: int
+    images: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says.
+
+    Args:
+        answer: "pass": recommended; "fail": slower or worse than allowed; "cannot decide": the images do not suffice;
+            "unmeasured on target": nobody has timed it on what it is for.
+        reasons: sentences that say why, with the figures.
+        max_drop: the limit of the drop, a fraction of 1.
+        min_speed_up: what the lower end of each speed-up must exceed.
+        drop: None where there were no images to judge on.
+        speed_ups: one for each rival; empty where it was not measured on the target.
+        more_images: roughly how many more images would decide; None where none are missing.
+        measured_on: the runtime and machine of the speed-ups.
+    """
+
+    answer: Answer
+    reasons: tuple[str, ...]
+    max_drop: float
+    min_speed_up: float
+    drop: Drop | None
+    speed_ups: tuple[SpeedUp, ...]
+    more_images: int | None
+    measured_on: str
+
+    def document(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+def speed_up(
+    rival: str, rival_p50_ms: Sequence[float], model_p50_ms: Sequence[float], *, batch_size: int = 1
+) -> SpeedUp:
+    """The speed-up over processes, entry *i* of both from the same process.
+
+    Args:
+        rival: its name.
+        rival_p50_ms: the rival's median in each process.
+        model_p50_ms: the model's.
+        batch_size: images in one call.
+
+    Raises:
+        DataError: not two or more processes that timed both.
+    """
+    from scipy.stats import t
+
+    n = len(model_p50_ms)
+    if n < 2 or len(rival_p50_ms) != n:
+        raise DataError(f"{len(rival_p50_ms)} and {n} processes: at least 2 that timed both models are needed")
+    logs = np.log(np.asarray(rival_p50_ms, dtype=np.float64) / np.asarray(model_p50_ms, dtype=np.float64))
+    middle, half = float(logs.mean()), float(t.ppf(0.975, n - 1) * logs.std(ddof=1) / math.sqrt(n))
+    return SpeedUp(rival, math.exp(middle), math.exp(middle - half), math.exp(middle + half), n, batch_size)
+
+
+def accuracy_drop(source: Bool[Tensor, " images"], model: Bool[Tensor, " others"], images: str) -> Drop:
+    """The drop from a source to a model made of it.
+
+    Args:
+        source: whether the source is right about each image.
+        model: whether the model is.
+        images: which images they are, in words.
+
+    Raises:
+        ShapeError: not the same number of images.
+        DataError: no images.
+    """
+    found = paired_difference(source, model)
+    return Drop(found.difference, found.low, found.high, len(source), int((source != model).sum()), images)
+
+
+def images_needed(drop: Drop, max_drop: float) -> int:
+    """Roughly how many images, with as many answers changed among them, would tell on which side of the limit it is."""
+    share, value = (drop.changed + 2) / (drop.n + 2), drop.value
+    distance = max(abs(max_drop - value), 1e-9)
+    return min(_MOST_IMAGES, max(drop.n + 1, math.ceil(Z95**2 * max(share - value**2, 0.0) / distance**2)))
+
+
+def judge(
+    drop: Drop | None,
+    speed_ups: Sequence[SpeedUp],
+    *,
+    max_drop: float,
+    min_speed_up: float = 1.0,
+    measured_on: str = "",
+    unjudged: str = "",
+) -> Verdict:
+    """The verdict.
+
+    One reason to fail is enough; then what was not measured, then what cannot be told, and only then it passes.
+
+    Args:
+        drop: on images that were not used to choose the model; None where there are none.
+        speed_ups: against every rival on the target; empty where it was not measured there.
+        max_drop: limit of the drop's upper end, a fraction of 1.
+        min_speed_up: what the lower end of every speed-up must exceed.
+        measured_on: the runtime and machine, in words.
+        unjudged: why there is no drop, as a sentence.
+    """
+    reasons: list[str] = []
+    answers: set[Answer] = set()
+    more = None
+    if drop is None:
+        answers.add("cannot decide")
+        reasons.append(unjudged or "There were no images to judge the accuracy on.")
+    else:
+        said = f"top-1 drops by {_points(drop)} on {drop.n:,} images ({drop.images})"
+        if drop.high <= max_drop:
+            reasons.append(f"Accuracy: {said}: within {100 * max_drop:g}.")
+        elif drop.low > max_drop:
+            answers.add("fail")
+            reasons.append(f"Accuracy: {said}: more than the {100 * max_drop:g} allowed.")
+        else:
+            answers.add("cannot decide")
+            more = images_needed(drop, max_drop) - drop.n
+            many = f"more than {_MOST_IMAGES:,}" if more + drop.n >= _MOST_IMAGES else f"about {more:,}"
+            told = f"whether that is within {100 * max_drop:g} cannot be told, {many} more images needed."
+            reasons.append(f"Accuracy: {said}: {told}")
+    if not speed_ups:
+        answers.add("unmeasured on target")
+        reasons.append("Speed: not measured on the target, so nothing is recommended for it.")
+    for found in speed_ups:
+        said = (
+            f"{found.ratio:.2f} × as fast as {found.rival} (95 % interval {found.low:.2f} to {found.high:.2f} over "
+            f"{found.restarts} processes, batch size {found.batch_size})"
+        )
+        if found.restarts < LEAST_RESTARTS:
+            answers.add("unmeasured on target")
+            reasons.append(f"Speed: {said}: fewer than {LEAST_RESTARTS} processes say nothing.")
+        elif found.low > min_speed_up:
+            reasons.append(f"Speed: {said}.")
+        else:
+            answers.add("fail")
+            wanted = "measurably faster" if min_speed_up == 1 else f"measurably {min_speed_up:g} × as fast"
+            reasons.append(f"Speed: {said}: not {wanted}.")
+    order: tuple[Answer, ...] = ("fail", "unmeasured on target", "cannot decide")
+    answer: Answer = next((one for one in order if one in answers), "pass")
+    return Verdict(answer, tuple(reasons), max_drop, min_speed_up, drop, tuple(speed_ups), more, measured_on)
+
+
+def _points(drop: Drop) -> str:
+    return f"{100 * drop.value:+.2f} points (95 % interval {100 * drop.low:+.2f} to {100 * drop.high:+.2f})"
