@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -90,6 +90,91 @@ def shortcuts_as_convolutions(model: ModelProto) -> None:
         _replace(model, pad, [convolution])
         for node in slices:
             model.graph.node.remove(node)
+
+
+def layer_size(node: NodeProto, weight: tuple[int, ...]) -> tuple[int, int, tuple[int, ...], int] | None:
+    """Input channels of a group, output channels, kernel and groups of a convolution or matrix product.
+
+    Args:
+        node: Conv, ConvTranspose, Gemm or MatMul.
+        weight: the shape of its weight.
+
+    Returns:
+        None where the weight is not a constant of the usual rank.
+    """
+    attributes = {attribute.name: attribute.i for attribute in node.attribute if attribute.name in ("group", "transB")}
+    groups = attributes.get("group", 1)
+    if node.op_type in ("Gemm", "MatMul"):
+        if len(weight) != 2:
+            return None
+        inputs, outputs = weight[::-1] if attributes.get("transB") else weight
+        return inputs, outputs, (), 1
+    if len(weight) < 3:
+        return None
+    inputs, outputs = weight[:2] if node.op_type == "ConvTranspose" else weight[1::-1]
+    if node.op_type == "ConvTranspose":
+        inputs, outputs = inputs // groups, outputs * groups
+    return inputs, outputs, weight[2:], groups
+
+
+_PIXELWISE = frozenset(
+    {"Sub", "Mul", "Div", "Add", "Cast", "Transpose", "QuantizeLinear", "DequantizeLinear", "Identity"}
+)
+"""What stands between the image and the first layer: normalisation, layout."""
+
+
+def reads_image(model: ModelProto, name: str, images: Set[str]) -> bool:
+    """Whether a tensor is an input of the graph, or one but for normalisation, casts and layout."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    while name not in images:
+        if name not in producers or producers[name].op_type not in _PIXELWISE:
+            return False
+        name = producers[name].input[0]
+    return True
+
+
+def free_residual_branches(model: ModelProto) -> int:
+    """Takes the Q/DQ pair off the branch of each residual Add that ends in a convolution; answers how many.
+
+    TensorRT fuses convolution and Add, and reads the other input, the skip, in INT8. Where both branches end in
+    convolutions (a projected shortcut), the pair goes from the longer one.
+    """
+    nodes = model.graph.node
+    producers = {output: node for node in nodes for output in node.output}
+    readers = _reader_counts(model)
+    depth: dict[str, int] = {}
+    for node in nodes:  # in topological order
+        deepest = max((depth.get(name, 0) for name in node.input), default=0)
+        depth |= dict.fromkeys(node.output, deepest + (node.op_type == "Conv"))
+    freed = 0
+    for add in [node for node in nodes if node.op_type == "Add"]:
+        branches = []
+        for position, name in enumerate(add.input):
+            pair = _pair_behind(name, producers, readers)
+            if pair is not None and producers[pair[0].input[0]].op_type in ("Conv", "ConvTranspose"):
+                branches.append((depth[name], position, pair))
+        if not branches:
+            continue
+        _, position, (quantize, dequantize) = max(branches, key=lambda branch: branch[:2])
+        add.input[position] = quantize.input[0]
+        nodes.remove(quantize)
+        nodes.remove(dequantize)
+        freed += 1
+    return freed
+
+
+def _pair_behind(
+    name: str, producers: Mapping[str, NodeProto], readers: Mapping[str, int]
+) -> tuple[NodeProto, NodeProto] | None:
+    """The Q/DQ pair that makes `name` and nothing else, of something that nothing else reads."""
+    dequantize = producers.get(name)
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    quantize = producers.get(dequantize.input[0])
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return None
+    alone = all(readers[tensor] == 1 for tensor in (name, quantize.output[0], quantize.input[0]))
+    return (quantize, dequantize) if alone and quantize.input[0] in producers else None
 
 
 def lower_opset(model: ModelProto, opset: int) -> bool:

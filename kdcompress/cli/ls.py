@@ -39,10 +39,14 @@ def _targets() -> Iterable[str]:
 
 
 def _profiles() -> Iterable[str]:
-    from kdcompress.profiles import PROFILES, default_profile
+    from kdcompress.profiles import ALIASES, PROFILES, default_profile
 
     here = default_profile().name
-    return (f"{name:<10} {PROFILES[name].runtime}{' (this machine)' if name == here else ''}" for name in PROFILES)
+    for name, profile in PROFILES.items():
+        numbers = ", ".join(profile.precisions)
+        mark = " (this machine)" if name == here else ""
+        yield f"{name:<12} {profile.runtime} {profile.version:<7} {profile.device}: {numbers}{mark}"
+    yield from (f"{name:<12} = {meant}, the newest" for name, meant in ALIASES.items())
 
 
 WHAT: dict[str, Callable[[], Iterable[str]]] = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 
 @click.command()
-@click.argument("name", metavar="METHOD|WEIGHTING|RECIPE")
+@click.argument("name", metavar="METHOD|WEIGHTING|RECIPE|PROFILE")
 def command(name: str) -> None:
-    """Print the card of a method or weighting with its options, or a recipe with every default written out."""
+    """Print the card of a method or weighting with its options, a recipe with every default, or a profile."""
     from kdcompress.discovery import list_names
     from kdcompress.errors import InputError, unknown_name
+    from kdcompress.profiles import ALIASES, PROFILES, get_profile
     from kdcompress.recipe import build_recipe, dump_recipe, list_recipes, read_recipe
 
     methods, weightings = list_names("kdcompress.methods"), list_names("kdcompress.weightings")
@@ -20,10 +23,13 @@ def command(name: str) -> None:
         from kdcompress.discovery import read_card
 
         click.echo(str(read_card("kdcompress.weightings", name)))
+    elif name in PROFILES or name in ALIASES:
+        for key, value in asdict(get_profile(name)).items():
+            click.echo(f"{key:<16} {', '.join(value) if isinstance(value, tuple) else value}")
     elif name in list_recipes() or name.endswith((".yaml", ".yml")):
         click.echo(dump_recipe(build_recipe(read_recipe(name), where=name)), nl=False)
     else:
-        raise InputError(unknown_name("method or recipe", name, [*methods, *weightings, *list_recipes()]))
+        raise InputError(unknown_name("method or recipe", name, [*methods, *weightings, *list_recipes(), *PROFILES]))
 
 
 def describe_method(name: str) -> str:

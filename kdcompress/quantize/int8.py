@@ -29,6 +29,8 @@ from kdcompress.runtimes.onnxruntime_runtime import first_line, open_session
 from kdcompress.types import Images, Logits
 
 _BATCH = 32
+_IN_FP32 = ("Gemm", "MatMul")
+"""Outputs that stay fp32: logits of 8 bits would tie where fp32 decides, and a matrix product sums in fp32 anyway."""
 _LEAST_AGREEMENT = 0.5
 """Below this a file does not answer as its source does; between this and 1 is for the user to judge."""
 
@@ -53,6 +55,8 @@ class _Int8:
         if (bundle.kind, bundle.precision) != (self.takes, "fp32"):
             what = f"INT8 is made from an fp32 {self.takes} bundle, this is {bundle.precision} {bundle.kind}"
             raise InputError(what, where=str(bundle.path), fix="export it to ONNX first")
+        if "int8" not in profile.precisions:
+            raise InputError(f"{profile.name} ({profile.device}) does not compute in INT8", where="--for")
         if len(calibration) == 0:
             raise ShapeError("no images to calibrate on")
         calibration = fit_images(calibration, bundle.preprocess)
@@ -70,7 +74,9 @@ class _Int8:
             profile=profile.name,
             activation_type=profile.activation_type,
             weight_type=profile.weight_type,
+            symmetric=profile.symmetric,
             per_channel=profile.per_channel,
+            float_bias=profile.float_bias,
             reduce_range=reduce_range,
             calibration={"method": "min-max", "images": len(calibration), "digest": images_digest(calibration)},
             agreement={
@@ -133,21 +139,58 @@ def quantize_model(path: Path, calibration: Images, profile: Profile, *, reduce_
                 _reader(calibration),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(profile.operators),
+                nodes_to_exclude=kept_float(onnx.load(path), profile),
                 per_channel=profile.per_channel,
                 reduce_range=reduce_range,
                 activation_type=types[profile.activation_type],
                 weight_type=types[profile.weight_type],
                 calibrate_method=CalibrationMethod.MinMax,
-                # Logits of 8 bits would tie where fp32 decides; a matrix product gives its sums in fp32 for nothing.
-                extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+                extra_options={
+                    "ActivationSymmetric": profile.symmetric,
+                    "QuantizeBias": not profile.float_bias,
+                    "AddQDQPairToWeight": profile.float_weights,
+                    "OpTypesToExcludeOutputQuantization": list(profile.operators if profile.skip_only else _IN_FP32),
+                },
             )
             model = onnx.load(written)
+            if profile.skip_only:
+                onnx_graph.free_residual_branches(model)
             onnx_graph.drop_unused_initializers(model)
             onnx_graph.strip_traces(model)
             onnx.checker.check_model(model, full_check=True)
         except Exception as error:  # the quantizer raises what any part of it raises
             raise VerificationError(f"this graph cannot be quantized: {first_line(error)}", where=str(path)) from error
     return model
+
+
+def kept_float(model: Any, profile: Profile) -> list[str]:
+    """The names of the nodes that a profile leaves in float: layers too small, and an Add that is not of two tensors.
+
+    Args:
+        model: an fp32 `onnx.ModelProto`.
+        profile: the scheme.
+    """
+    if not profile.skip_only:
+        return []
+    shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
+    images = {value.name for value in model.graph.input}
+    kept = []
+    for node in model.graph.node:
+        weight = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
+        first = node.input[:1] != [] and onnx_graph.reads_image(model, node.input[0], images)
+        match node.op_type:
+            case "Add":
+                quantized = not any(name in shapes for name in node.input)
+            case "Conv" | "ConvTranspose" | "Gemm" | "MatMul":
+                size = onnx_graph.layer_size(node, weight)
+                quantized = size is not None and profile.quantizes(
+                    *size[:2], kernel=size[2], groups=size[3], first=first
+                )
+            case _:
+                quantized = True
+        if not quantized:
+            kept.append(node.name)
+    return kept
 
 
 def predict(content: bytes, images: Images) -> Logits:

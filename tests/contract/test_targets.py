@@ -62,7 +62,7 @@ def test_a_quantizer_writes_what_it_says_for_every_profile(name: str, profile: s
     assert quantizer.takes == source.kind
     made = quantizer.run(source, images[:200], tmp_path / "made", profile=PROFILES[profile], images=images[1200:])
     assert made.precision == quantizer.makes
-    assert made.size_mb < source.size_mb
+    assert made.size_mb < source.size_mb or PROFILES[profile].float_weights
     check_successor(made, source)
     step = made.provenance[-1]
     assert 0.95 < step["agreement"]["value"] <= 1

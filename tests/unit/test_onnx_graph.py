@@ -110,6 +110,35 @@ def test_a_slice_that_is_read_elsewhere_stays() -> None:
     assert operators(model) == ["Slice", "Slice", "Pad", "Relu"]
 
 
+@pytest.mark.parametrize(
+    ("node", "weight", "expected"),
+    [
+        (helper.make_node("Conv", ["x", "w"], ["y"]), (32, 16, 3, 3), (16, 32, (3, 3), 1)),
+        (helper.make_node("Conv", ["x", "w"], ["y"], group=32), (32, 1, 3, 3), (1, 32, (3, 3), 32)),
+        (helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=2), (16, 4, 2, 2), (8, 8, (2, 2), 2)),
+        (helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), (10, 64), (64, 10, (), 1)),
+        (helper.make_node("MatMul", ["x", "w"], ["y"]), (64, 10), (64, 10, (), 1)),
+        (helper.make_node("MatMul", ["x", "w"], ["y"]), (2, 64, 10), None),
+        (helper.make_node("Conv", ["x", "w"], ["y"]), (), None),
+    ],
+)
+def test_the_size_of_a_layer(node: Any, weight: tuple[int, ...], expected: object) -> None:
+    assert onnx_graph.layer_size(node, weight) == expected
+
+
+def test_a_first_layer_is_found_behind_normalisation_and_layout() -> None:
+    nodes = [
+        helper.make_node("Cast", ["images"], ["cast"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["cast", "mean"], ["centred"]),
+        helper.make_node("Relu", ["centred"], ["logits"]),
+    ]
+    model = model_of(nodes, {"mean": np.float32(0.5)})
+    assert onnx_graph.reads_image(model, "centred", {"images"})
+    assert onnx_graph.reads_image(model, "images", {"images"})
+    assert not onnx_graph.reads_image(model, "logits", {"images"})
+    assert not onnx_graph.reads_image(model, "mean", {"images"})
+
+
 def test_an_older_opset_is_declared_where_nothing_changes() -> None:
     model = shortcut([0, 0, 0, 0, 0, 1, 0, 0])  # Pad changed in 18, but not in what is used here
     before = run(model)

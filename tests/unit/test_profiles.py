@@ -4,12 +4,65 @@ import pytest
 import torch
 
 from kdcompress.errors import InputError
-from kdcompress.profiles import PROFILES, default_profile, get_profile, instruction_sets, parse_cpuinfo
+from kdcompress.profiles import ALIASES, PROFILES, default_profile, get_profile, instruction_sets, parse_cpuinfo
 
 
 def test_an_unknown_profile_names_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'ort-x86'"):
         get_profile("ort-x68")
+
+
+def test_an_alias_is_the_newest_of_its_kind() -> None:
+    assert set(ALIASES) & set(PROFILES) == set()
+    newest = max((p for p in PROFILES.values() if p.name.startswith("trt")), key=lambda p: numbers(p.version))
+    assert get_profile("trt") is newest
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def test_what_a_profile_says_hangs_together() -> None:
+    for profile in PROFILES.values():
+        assert profile.opset <= profile.newest_opset
+        assert not (profile.symmetric and profile.activation_type == "uint8"), (
+            "a zero point of 0 cuts off what is below"
+        )
+        assert {"fp32", "fp16", "int8"} <= set(profile.precisions)
+        if profile.runtime == "tensorrt":
+            assert profile.symmetric
+            assert profile.float_bias
+            assert profile.activation_type == profile.weight_type == "int8"
+            assert profile.typed == (numbers(profile.version) >= (10,))
+    assert "fp8" not in get_profile("jetson-orin").precisions
+    assert get_profile("jetson-orin").version == get_profile("trt10.3").version
+    assert get_profile("jetson-thor").version == get_profile("trt10.13").version
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kernel", "groups", "first", "expected"),
+    [
+        (16, 16, (3, 3), 1, False, True),
+        (3, 16, (3, 3), 1, True, True),
+        (3, 12, (3, 3), 1, True, False),
+        (3, 16, (3, 5), 1, True, False),
+        (8, 8, (3, 3), 1, False, False),
+        (8, 64, (1, 1), 1, False, True),
+        (4, 20, (1, 1), 1, False, False),
+        (1, 64, (3, 3), 64, False, True),
+        (1, 60, (3, 3), 60, False, False),
+        (1, 64, (1, 3), 64, False, False),
+        (64, 10, (), 1, False, False),
+        (8, 64, (), 1, False, False),
+        (64, 100, (), 1, False, True),
+    ],
+)
+def test_what_is_too_small_stays_float_for_tensorrt(
+    inputs: int, outputs: int, kernel: tuple[int, ...], groups: int, first: bool, expected: bool
+) -> None:
+    asked = get_profile("trt8.6").quantizes(inputs, outputs, kernel=kernel, groups=groups, first=first)
+    assert asked is expected
+    assert get_profile("ort-x86").quantizes(inputs, outputs, kernel=kernel, groups=groups, first=first)
 
 
 def test_every_profile_is_found_by_its_name() -> None:

@@ -142,6 +142,62 @@ def test_arm_gets_signed_activations(tmp_path: Path) -> None:
     assert made.provenance[-1]["reduce_range"] is False
 
 
+@pytest.fixture(scope="module")
+def trt_graph() -> Any:
+    return quantize_model(onnx_bundle().model_path, digits()[0][:64], get_profile("trt8.6"), reduce_range=False).graph
+
+
+def test_tensorrt_gets_symmetric_int8_with_float_biases(trt_graph: Any) -> None:
+    constants = {item.name: numpy_helper.to_array(item) for item in trt_graph.initializer}
+    producers = {output: node for node in trt_graph.node for output in node.output}
+    pairs = [node for node in trt_graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(pairs) > 20
+    for node in pairs:
+        assert constants[node.input[2]].dtype == np.int8
+        assert not constants[node.input[2]].any()
+    for node in trt_graph.node:
+        if node.op_type == "DequantizeLinear":
+            assert producers[node.input[0]].op_type == "QuantizeLinear", "also of a weight"
+        if node.op_type == "Conv":
+            assert [producers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+            assert all(constants[name].dtype == np.float32 for name in node.input[2:]), "biases"
+            weight = producers[producers[node.input[1]].input[0]]
+            assert constants[weight.input[0]].dtype == np.float32
+            assert constants[weight.input[1]].shape == (len(constants[weight.input[0]]),)
+            assert len(constants[producers[node.input[0]].input[1]].shape) == 0
+
+
+def test_only_the_skip_of_a_residual_add_is_quantized_for_tensorrt(trt_graph: Any) -> None:
+    """resnet8: three blocks, two of them with a projected shortcut, whose longer branch must fuse."""
+    producers = {output: node for node in trt_graph.node for output in node.output}
+    adds = [node for node in trt_graph.node if node.op_type == "Add"]
+    assert len(adds) == 3
+    for add in adds:
+        kinds = sorted(producers[name].op_type for name in add.input)
+        assert kinds == ["Conv", "DequantizeLinear"]
+        branch = next(producers[name] for name in add.input if producers[name].op_type == "Conv")
+        kernel = next(attribute.ints for attribute in branch.attribute if attribute.name == "kernel_shape")
+        assert list(kernel) == [3, 3], "the branch of two convolutions, not the shortcut of one"
+        quantized = producers[next(name for name in add.input if producers[name].op_type != "Conv")]
+        assert producers[quantized.input[0]].op_type == "QuantizeLinear"
+
+
+def test_a_classifier_of_ten_stays_float_for_tensorrt_and_not_for_onnxruntime(trt_graph: Any) -> None:
+    def weight_of_gemm(graph: Any) -> str:
+        (gemm,) = (node for node in graph.node if node.op_type == "Gemm")
+        return {output: node.op_type for node in graph.node for output in node.output}.get(gemm.input[1], "constant")
+
+    assert weight_of_gemm(trt_graph) == "constant"
+    ours = quantize_model(onnx_bundle().model_path, digits()[0][:64], PROFILE, reduce_range=False).graph
+    assert weight_of_gemm(ours) == "DequantizeLinear"
+
+
+def test_a_device_without_int8_is_refused(tmp_path: Path) -> None:
+    profile = dataclasses.replace(PROFILE, precisions=("fp32",))
+    with pytest.raises(InputError, match="does not compute in INT8"):
+        QUANTIZER.run(onnx_bundle(), digits()[0][:8], tmp_path / "x", profile=profile)
+
+
 def test_what_cannot_be_quantized_is_refused(int8_bundle: Bundle, tmp_path: Path) -> None:
     images = digits()[0][:8]
     with pytest.raises(InputError, match="this is int8 onnx"):
