@@ -23,6 +23,7 @@ from kdcompress.models import build_network, published_weights
 from kdcompress.networks import Student
 from kdcompress.pipeline._describe import describe_splits, describe_teacher, exam_table
 from kdcompress.pipeline._teachers import (
+    Exam,
     OpenedTeacher,
     at_chance,
     examine,
@@ -35,7 +36,7 @@ from kdcompress.pipeline._teachers import (
     saw_val,
 )
 from kdcompress.pipeline.base import RunFacts, open_splits
-from kdcompress.recipe import Recipe, StudentSection, TrainSection
+from kdcompress.recipe import DataSection, Recipe, StudentSection, TrainSection
 from kdcompress.teachers import load_checkpoint
 from kdcompress.types import Needs, NetworkShapes
 
@@ -89,24 +90,25 @@ class Parts:
         return None if start is None else self.teachers[start].checkpoint.training_digests
 
 
-def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
-    """Opens and checks everything that a run needs, and says what it found."""
-    torch.manual_seed(asked.seed)
-    method_class = find_method(asked.method.name)
-    options = check_options(method_class, asked.method.options)
-    needs = method_class.needs(**options)
-    least, most = needs.teachers
-    count = len(asked.teachers)
-    if count < least or count > most > 0:
-        raise InputError(
-            f"{count} teachers, {asked.method.name} takes " + (f"{least}" if least == most else f"{least} to {most}"),
-            where="--teachers",
-            fix="kdcompress distill --teachers a.pt b.pt c.pt" if least else "",
-        )
-    if asked.data.mixup_alpha and not needs.mixup_allowed:
-        raise RecipeError(f"{asked.method.name} cannot learn from mixed images", where="data.mixup_alpha", fix="0")
-    require_students(asked, needs)
+@dataclass(frozen=True)
+class Materials:
+    """What all runs on the same teachers and images share.
 
+    Args:
+        data: the recipe's section with the source and the image size as found.
+        splits: the images.
+        teachers: opened, their normalisation found.
+        exams: what each teacher answered on val and holdout.
+    """
+
+    data: DataSection
+    splits: Splits
+    teachers: tuple[OpenedTeacher, ...]
+    exams: tuple[Exam, ...]
+
+
+def open_materials(asked: Recipe, speak: Console) -> Materials:
+    """Opens the images and the teachers of a recipe, examines the teachers, and says what it found."""
     checkpoints = read_checkpoints(asked.teachers)
     source = asked.data.source or next((c.metadata["data"] for c in checkpoints if c.metadata.get("data")), None)
     if source is None:
@@ -127,11 +129,44 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool) -> Parts:
     for one in opened:
         one.teacher.to(device)
     exams = tuple(examine(one.teacher, splits) for one in opened)
+    if opened:
+        speak.print(exam_table(opened, exams))
+    return Materials(data, splits, opened, exams)
+
+
+def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Materials | None = None) -> Parts:
+    """Opens and checks everything that a run needs, and says what it found.
+
+    Args:
+        asked: the recipe.
+        speak: where to.
+        offline: download nothing.
+        materials: the images and teachers that this recipe names, where they are open already.
+    """
+    torch.manual_seed(asked.seed)
+    method_class = find_method(asked.method.name)
+    options = check_options(method_class, asked.method.options)
+    needs = method_class.needs(**options)
+    least, most = needs.teachers
+    count = len(asked.teachers)
+    if count < least or count > most > 0:
+        raise InputError(
+            f"{count} teachers, {asked.method.name} takes " + (f"{least}" if least == most else f"{least} to {most}"),
+            where="--teachers",
+            fix="kdcompress distill --teachers a.pt b.pt c.pt" if least else "",
+        )
+    if asked.data.mixup_alpha and not needs.mixup_allowed:
+        raise RecipeError(f"{asked.method.name} cannot learn from mixed images", where="data.mixup_alpha", fix="0")
+    require_students(asked, needs)
+
+    if materials is None:
+        materials = open_materials(asked, speak)
+    splits, opened, exams = materials.splits, materials.teachers, materials.exams
+    data = asked.data.model_copy(update={"source": materials.data.source, "image_size": materials.data.image_size})
     notes: list[str] = []
     seen: bool | None = None
     because = ""
     if opened:
-        speak.print(exam_table(opened, exams))
         notes += [
             f"{one.teacher.name} answers at chance ({exam.val.top1:.1%} on val): other classes or normalisation?"
             for one, exam in zip(opened, exams, strict=True)

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from kdcompress.bundle import provenance_step
 from kdcompress.data import training_digests
-from kdcompress.display import format_seconds, open_display
+from kdcompress.display import Display, format_seconds, open_display
 from kdcompress.errors import InputError, RecipeError
 from kdcompress.files import atomic_folder, require_empty
 from kdcompress.methods.supervised import Supervised
 from kdcompress.networks import Teacher, save_student
 from kdcompress.optim import Optimisation
 from kdcompress.pipeline._answers import Answers, open_answers
-from kdcompress.pipeline._parts import Parts, choose_device, prepare, with_whole_paths
+from kdcompress.pipeline._parts import Materials, Parts, choose_device, prepare, with_whole_paths
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
 from kdcompress.recipe import Recipe, build_recipe, differences, merge, read_recipe, write_recipe
 from kdcompress.teachers import build_from, load_checkpoint, save_checkpoint
@@ -60,32 +61,66 @@ def distill(
     if resume:
         run = RunFolder.open(out)
         speak.print(f"run: {run.path}" + ("" if out else " (the newest)"))
-        asked = run.recipe
-        require_unchanged(asked, changes, overrides, recipe)
+        require_unchanged(run.recipe, changes, overrides, recipe)
         if (run.path / STUDENT).exists():
             speak.print(f"{run.path} is finished; its student is in {run.path / STUDENT}")
             return run
-    else:
-        if out is not None:
-            require_empty(out)
-        content = merge(read_recipe(recipe) if recipe else {}, changes)
-        asked = build_recipe(content, overrides, where=f"recipe {recipe}" if recipe else "the command")
-    parts = prepare(asked, speak, offline=offline)
+        return carry_out(run.recipe, run.path, speak, stopped=run, offline=offline)
+    if out is not None:
+        require_empty(out)
+    content = merge(read_recipe(recipe) if recipe else {}, changes)
+    asked = build_recipe(content, overrides, where=f"recipe {recipe}" if recipe else "the command")
+    return carry_out(asked, out, speak, offline=offline)
+
+
+def carry_out(
+    asked: Recipe,
+    out: Path | None,
+    speak: Console,
+    *,
+    stopped: RunFolder | None = None,
+    offline: bool = False,
+    materials: Materials | None = None,
+    display: Display | None = None,
+) -> RunFolder:
+    """A new run in `out`, or the rest of one that was stopped.
+
+    Args:
+        asked: its recipe.
+        out: the run folder; None for a new one under `runs/`.
+        speak: where to say what is found.
+        stopped: the run to go on with; `asked` is its recipe.
+        offline: download nothing.
+        materials: the images and teachers that the recipe names, where they are open already.
+        display: where the training is shown; by default `open_display`.
+
+    Raises:
+        KdcompressError: see `errors`; nothing is written before everything has been opened and checked.
+    """
+    parts = prepare(asked, speak, offline=offline, materials=materials)
     seen = [all_digests(parts, index) for index in range(len(parts.students))]
     with contextlib.closing(open_answers(parts, speak)) as answers:
         parts = replace(parts, teachers=())  # whoever still has to ask them holds them
-        if not resume:
+        if stopped is None:
             named = "+".join(str(section.arch) for section in parts.recipe.trained)
             run = RunFolder.create(out, f"{parts.recipe.method.name}-{named}")
             with atomic_folder(run.path) as folder:  # a run that is killed can be resumed, or has no folder yet
                 write_recipe(parts.recipe, folder / RECIPE_FILE)
                 RunFolder(folder).write_facts(parts.facts)
             speak.print(f"run: {run.path}")
-        elif parts.facts.data_digest != run.facts.data_digest:
-            fix = "give back the same data"
-            raise InputError("the data is not what the run began with", where=str(run.path), fix=fix)
+        else:
+            run = stopped
+            if parts.facts.data_digest != run.facts.data_digest:
+                fix = "give back the same data"
+                raise InputError("the data is not what the run began with", where=str(run.path), fix=fix)
         answers.prepare()
-        result = run_training(parts, answers, run, resume=resume)
+        result = run_training(parts, answers, run, speak, display, resume=stopped is not None)
+    finish(run, parts, result, seen, speak)
+    return run
+
+
+def finish(run: RunFolder, parts: Parts, result: TrainResult, seen: Sequence[Tensor], speak: Console) -> None:
+    """Writes the students and says how good they are."""
     final = result.history[-1]
     top1 = final.val_top1_ema or final.val_top1
     best = max(range(len(top1)), key=lambda index: top1[index])
@@ -104,7 +139,6 @@ def distill(
         speak.print(f"student {best + 1} ({result.students[best].arch}) is the best on val; the others are {PEER}-N/")
     if parts.facts.student_saw_val:
         speak.print("This student starts from weights that saw val, so its accuracy on val says little.")
-    return run
 
 
 def train_network(
@@ -165,7 +199,9 @@ def require_unchanged(stored: Recipe, changes: Mapping[str, Any], overrides: Seq
         )
 
 
-def run_training(parts: Parts, answers: Answers, run: RunFolder, *, resume: bool) -> TrainResult:
+def run_training(
+    parts: Parts, answers: Answers, run: RunFolder, speak: Console, display: Display | None, *, resume: bool
+) -> TrainResult:
     """The training itself; before it each student alone, where the method asks for its own trained copy."""
     settings, splits = parts.recipe.train, parts.splits
     students = [one.student for one in parts.students]
@@ -188,7 +224,7 @@ def run_training(parts: Parts, answers: Answers, run: RunFolder, *, resume: bool
         assert settings.pretrain_epochs is not None
         assert settings.pretrain_lr is not None
         for number, student in enumerate(students, start=1):
-            console().print(f"student {number} of {len(students)}, alone, on labels:")
+            speak.print(f"student {number} of {len(students)}, alone, on labels:")
             train(
                 [student],
                 [Supervised(NetworkShapes(len(splits.classes), student.feature_shapes))],
@@ -197,7 +233,7 @@ def run_training(parts: Parts, answers: Answers, run: RunFolder, *, resume: bool
                 epochs=settings.pretrain_epochs,
                 optimisation=replace(optimisation, lr=settings.pretrain_lr),
                 out=run.path / f"{ALONE}-{number}",
-                display=open_display(),
+                display=display or open_display(),
                 **same,
             )
         copies = [student.frozen_copy(f"student {number}") for number, student in enumerate(students, start=1)]
@@ -209,7 +245,7 @@ def run_training(parts: Parts, answers: Answers, run: RunFolder, *, resume: bool
         epochs=settings.epochs,
         optimisation=optimisation,
         out=run.path,
-        display=open_display(),
+        display=display or open_display(),
         heldout=splits.holdout,
         heldout_teachers=answers.heldout,
         self_teachers=copies,
