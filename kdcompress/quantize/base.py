@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -17,6 +18,9 @@ from kdcompress.types import Images
 
 OtherImages: TypeAlias = Float[Tensor, "others channels other_height other_width"]
 """Images that are not those a call is about: another number, perhaps another size."""
+
+Ranges: TypeAlias = Mapping[str, tuple[float, int]]
+"""Tensor of an ONNX graph -> its scale, a 32-bit number, and its zero point."""
 
 
 @runtime_checkable
@@ -34,6 +38,7 @@ class Quantizer(Protocol):
         *,
         profile: Profile,
         images: OtherImages | None = None,
+        ranges: Ranges | None = None,
         replace: bool = False,
     ) -> Bundle:
         """Writes `bundle` in this precision; what it agrees with its source on stands in the provenance.
@@ -44,6 +49,7 @@ class Quantizer(Protocol):
             out: the folder to make.
             profile: what the runtime that it is for wants.
             images: real images to compare the answers on; by default the calibration images.
+            ranges: of activations, where a training has learned them; all others are found on `calibration`.
             replace: take the place of an existing folder.
 
         Raises:

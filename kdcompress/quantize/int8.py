@@ -24,7 +24,7 @@ from kdcompress.bundle import Bundle, Kind, Precision, fit_images, model_metadat
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.profiles import Profile, instruction_sets
-from kdcompress.quantize.base import OtherImages
+from kdcompress.quantize.base import OtherImages, Ranges
 from kdcompress.runtimes.onnxruntime_runtime import first_line, open_session
 from kdcompress.types import Images, Logits
 
@@ -49,6 +49,7 @@ class _Int8:
         *,
         profile: Profile,
         images: OtherImages | None = None,
+        ranges: Ranges | None = None,
         replace: bool = False,
     ) -> Bundle:
         """See `Quantizer.run`."""
@@ -62,7 +63,7 @@ class _Int8:
         calibration = fit_images(calibration, bundle.preprocess)
         compared = calibration if images is None else fit_images(images, bundle.preprocess)
         reduce_range = profile.reduces_range(instruction_sets())
-        model = quantize_model(bundle.model_path, calibration, profile, reduce_range=reduce_range)
+        model = quantize_model(bundle.model_path, calibration, profile, reduce_range=reduce_range, ranges=ranges)
         source, quantized = bundle.model_path.read_bytes(), model.SerializeToString(deterministic=True)
         agreed = agreement(predict(source, compared), predict(quantized, compared))
         if agreed < _LEAST_AGREEMENT:
@@ -79,6 +80,7 @@ class _Int8:
             float_bias=profile.float_bias,
             reduce_range=reduce_range,
             calibration={"method": "min-max", "images": len(calibration), "digest": images_digest(calibration)},
+            learned_ranges=len(ranges or ()),
             agreement={
                 "with": "fp32",
                 "value": round(agreed, 6),
@@ -111,7 +113,9 @@ class _Int8:
 QUANTIZER = _Int8()
 
 
-def quantize_model(path: Path, calibration: Images, profile: Profile, *, reduce_range: bool) -> Any:
+def quantize_model(
+    path: Path, calibration: Images, profile: Profile, *, reduce_range: bool, ranges: Ranges | None = None
+) -> Any:
     """Quantizes an ONNX file by ONNX Runtime's static quantizer.
 
     Args:
@@ -119,6 +123,7 @@ def quantize_model(path: Path, calibration: Images, profile: Profile, *, reduce_
         calibration: real images in [0, 1], at the network's size.
         profile: the scheme.
         reduce_range: whether weights get 7 bits.
+        ranges: scales and zero points that are not to be found on `calibration`.
 
     Returns:
         The quantized model, an `onnx.ModelProto`; the same bytes whenever it is made from the same.
@@ -130,6 +135,10 @@ def quantize_model(path: Path, calibration: Images, profile: Profile, *, reduce_
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     types = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8}
+    overrides = {
+        name: [{"scale": np.array(scale, np.float32), "zero_point": np.array(zero_point, profile.activation_type)}]
+        for name, (scale, zero_point) in (ranges or {}).items()
+    }
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "int8.onnx"
         try:
@@ -149,6 +158,7 @@ def quantize_model(path: Path, calibration: Images, profile: Profile, *, reduce_
                     "ActivationSymmetric": profile.symmetric,
                     "QuantizeBias": not profile.float_bias,
                     "AddQDQPairToWeight": profile.float_weights,
+                    "TensorQuantOverrides": overrides,
                     "OpTypesToExcludeOutputQuantization": list(profile.operators if profile.skip_only else _IN_FP32),
                 },
             )

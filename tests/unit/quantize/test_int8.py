@@ -113,6 +113,23 @@ def test_the_range_is_that_of_all_calibration_images_not_of_one_batch() -> None:
     assert float(scales[first.input[1]]) == pytest.approx((high - low) / 255, rel=1e-4)
 
 
+def test_given_ranges_are_written_bit_for_bit_and_all_others_are_found() -> None:
+    def written(**ranges: tuple[float, int]) -> dict[str, Any]:
+        images = digits()[0][:64]
+        model = quantize_model(onnx_bundle().model_path, images, PROFILE, reduce_range=False, ranges=ranges)
+        constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+        pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        return {node.input[0]: tuple(constants[name] for name in node.input[1:]) for node in pairs}
+
+    found = written()
+    name = sorted(found)[len(found) // 2]
+    scale = np.float32(0.0123456789)
+    given = written(**{name: (float(scale), 17)})
+    assert (given[name][0].tobytes(), int(given[name][1])) == (scale.tobytes(), 17)
+    assert found[name] != given[name]
+    assert all(given[other] == found[other] for other in found if other != name)
+
+
 def test_seven_bits_for_weights_where_the_cpu_lacks_vnni() -> None:
     images = digits()[0][:64]
     full, reduced = (
