@@ -18,6 +18,7 @@ from kdcompress.balance import hardly_felt
 from kdcompress.checkpoint import Setting, environment, load_state, require_same, save_state
 from kdcompress.display import Display, Progress, RunLog, format_seconds
 from kdcompress.errors import CheckpointError
+from kdcompress.memory import PeakMemory
 from kdcompress.training_step import EpochResult, Run
 from kdcompress.types import Batch
 from kdcompress.weightings.base import diagnose
@@ -45,6 +46,7 @@ class Session:
         self.num_images = 0
         self.clock = time.monotonic()
         self.progress = Progress(1, epochs, 0, run.steps_per_epoch)
+        self.memory = PeakMemory(run.device)
 
     def save(self) -> None:
         """Writes `last.pt`.
@@ -185,7 +187,8 @@ class Session:
         losses = tuple(student["loss"] for student in students)
         result = EpochResult(len(run.history) + 1, losses, top1, top1_ema, self.seconds)
         run.history.append(result)
-        self.log.write("epoch", **asdict(result), step=run.step, students=students)
+        peak = self.memory.read_mb()
+        self.log.write("epoch", **asdict(result), step=run.step, students=students, peak_memory_mb=peak)
         parts = [f"epoch {result.epoch}/{self.epochs}", f"loss {_listing(losses, '.4g')}"]
         if top1:
             parts.append(f"val {_listing([value * 100 for value in top1], '.2f')} %")

@@ -11,7 +11,7 @@ from kdcompress.teacher_cache._folder import (
     require_room,
     verify_cache,
 )
-from kdcompress.teacher_cache._source import CPU_BLOCK, CUDA_BLOCK, CachedTeachers, Survey
+from kdcompress.teacher_cache._source import CPU_BLOCK, CUDA_BLOCK, CachedTeachers, Survey, fill_together
 
 __all__ = [
     "CPU_BLOCK",
@@ -21,6 +21,7 @@ __all__ = [
     "Survey",
     "Verification",
     "default_folder",
+    "fill_together",
     "find_caches",
     "list_caches",
     "open_cache",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from kdcompress.data import TrainLoader, Views, nth_view, view_number
+from kdcompress.losses import global_average
 from kdcompress.teacher_cache._store import RowStore
 from kdcompress.teacher_cache.base import RowLayout, stated
-from kdcompress.types import Batch, EnsembleOutputs, TeacherSource
+from kdcompress.types import Batch, EnsembleOutputs, FeatureShape, TeacherSource
 
 PART = 1024
 """Images of one fixed view that one process fills at a time."""
@@ -75,7 +77,7 @@ class CachedTeachers:
         self.num_asked = 0
         self._views = views
         self._num_images = num_images
-        self._device = device
+        self.device = device
         self._open = open_teachers
         self._tell = tell
         self._live: TeacherSource | None = None
@@ -159,14 +161,8 @@ class CachedTeachers:
             block: images that the teachers are asked for at once.
             progress: called with how many of how many views are done.
         """
-        ids = loader.split.ids.sort().values
-        parts = [
-            (number, piece)
-            for number in range(num_fixed)
-            for piece in torch.split(ids, torch.bincount(ids // PART).tolist())
-            if len(piece)
-        ]
-        done, total = 0, num_fixed * len(ids)
+        parts = parts_of(loader, num_fixed)
+        done, total = 0, num_fixed * len(loader.split)
         for wait in (False, True):
             busy = []
             for number, piece in parts:
@@ -181,14 +177,29 @@ class CachedTeachers:
             parts = busy
         self.release()
 
+    def part(self, number: int, piece: Int64[Tensor, "images"]) -> contextlib.AbstractContextManager[bool]:
+        """Holds one part of `parts_of`, waiting for whoever fills it."""
+        return self.store.part(self._part(number, piece), wait=True)
+
     def _fill_part(self, loader: TrainLoader, number: int, blocks: Sequence[Tensor]) -> None:
-        wanted = []
-        for ids in blocks:
-            numbers = self._rows(number, ids)
-            if not bool(self.store.sound(self.store.read(numbers), numbers).all()):
-                wanted.append((ids, nth_view(torch.full_like(ids, number), ids, self._views.num_views)))
+        wanted = [self.fixed(number, ids) for ids in blocks if not self.has(number, ids)]
         for batch in loader.batches(wanted):
             self.store.write(self._rows(number, batch.ids), self._ask(batch))
+
+    def has(self, number: int, ids: Int64[Tensor, "batch"]) -> bool:
+        """Whether all of these images' `number`-th views are there, and sound."""
+        numbers = self._rows(number, ids)
+        return bool(self.store.sound(self.store.read(numbers), numbers).all())
+
+    def put(self, number: int, ids: Int64[Tensor, "batch"], answers: EnsembleOutputs) -> None:
+        """Stores answers to these images' `number`-th views; a map that is pooled here may come whole."""
+        pairs = zip(answers.features, self.layout.features, strict=True)
+        maps = tuple({name: _shaped(given[name], wanted[name]) for name in wanted} for given, wanted in pairs)
+        self.store.write(self._rows(number, ids), self.layout.encode(replace(answers, features=maps)))
+
+    def fixed(self, number: int, ids: Int64[Tensor, "batch"]) -> tuple[Tensor, Tensor]:
+        """These images and which views their `number`-th ones are."""
+        return ids, nth_view(torch.full_like(ids, number), ids, self._views.num_views)
 
     def _asked(self, batch: Batch) -> Tensor:
         """Rows for a few images; the batch is filled up to a size that comes often, for a new size costs time."""
@@ -201,8 +212,8 @@ class CachedTeachers:
         if self._live is None:
             self._live = self._open()
         self.num_asked += len(batch.ids)
-        with torch.autocast(self._device.type, enabled=False):
-            return self.layout.encode(self._live(batch.to(self._device)))
+        with torch.autocast(self.device.type, enabled=False):
+            return self.layout.encode(self._live(batch.to(self.device)))
 
     def _numbers(self, ids: Int64[Tensor, "batch"], views: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch"]:
         return view_number(views, ids, self._views.num_views) * self._num_images + ids
@@ -212,6 +223,54 @@ class CachedTeachers:
 
     def _part(self, number: int, ids: Tensor) -> int:
         return number * (-(-self._num_images // PART)) + int(ids[0]) // PART
+
+
+def parts_of(loader: TrainLoader, num_fixed: int) -> list[tuple[int, Int64[Tensor, "images"]]]:
+    """The parts in which the first `num_fixed` views of the loader's images are filled: which view, and the images."""
+    ids = loader.split.ids.sort().values
+    pieces = torch.split(ids, torch.bincount(ids // PART).tolist())
+    return [(number, piece) for number in range(num_fixed) for piece in pieces if len(piece)]
+
+
+@torch.no_grad()
+def fill_together(
+    caches: Sequence[CachedTeachers],
+    ask: TeacherSource,
+    loader: TrainLoader,
+    num_fixed: int,
+    block: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fills caches that differ only in what is in a row, asking the teachers once; what `CachedTeachers.fill` would do.
+
+    Args:
+        caches: of the loader's images and views.
+        ask: answers with whole feature maps; where the caches' device is.
+        loader: of the training.
+        num_fixed: views of each image, in its own order.
+        block: images that the teachers are asked for at once.
+        progress: called with how many of how many views are done.
+    """
+    caches = sorted(caches, key=lambda cache: cache.store.folder)  # locks are taken in one order by all processes
+    done, total = 0, num_fixed * len(loader.split)
+    for number, piece in parts_of(loader, num_fixed):
+        with contextlib.ExitStack() as held:
+            for cache in caches:
+                held.enter_context(cache.part(number, piece))
+            blocks = [ids for ids in torch.split(piece, block) if not all(cache.has(number, ids) for cache in caches)]
+            for batch in loader.batches([caches[0].fixed(number, ids) for ids in blocks]):
+                with torch.autocast(caches[0].device.type, enabled=False):
+                    answers = ask(batch.to(caches[0].device))
+                for cache in caches:
+                    if not cache.has(number, batch.ids):
+                        cache.put(number, batch.ids, answers)
+        done += len(piece)
+        if progress is not None:
+            progress(done, total)
+
+
+def _shaped(features: Tensor, shape: FeatureShape) -> Tensor:
+    return features if features.shape[1:] == shape else global_average(features)
 
 
 def _taken(batch: Batch, places: Tensor) -> Batch:

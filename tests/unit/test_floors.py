@@ -12,7 +12,7 @@ FLOORS = (
     {"errors"},
     {"files", "types", "resizing"},
     {"recipe"},
-    {"losses", "taps", "bundle", "data", "models", "profiles", "discovery", "onnx_graph"},
+    {"losses", "taps", "bundle", "data", "models", "profiles", "discovery", "onnx_graph", "comparison", "memory"},
     {
         "teachers",
         "weightings",

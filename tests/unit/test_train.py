@@ -95,10 +95,10 @@ def state_of(out: Path) -> dict[str, Any]:
 
 
 def lines_of(out: Path, *events: str) -> list[dict[str, Any]]:
-    """The log's lines of these kinds, less what the clock says."""
+    """The log's lines of these kinds, less what the clock and the machine say."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clock = {"seconds", "images_per_s", "data_wait"}
-    return [{key: line[key] for key in line if key not in clock} for line in lines if line["event"] in events]
+    measured = {"seconds", "images_per_s", "data_wait", "peak_memory_mb"}
+    return [{key: line[key] for key in line if key not in measured} for line in lines if line["event"] in events]
 
 
 class Failing(Labels):

@@ -265,3 +265,30 @@ def test_small_batches_come_in_few_sizes(tmp_path: Path) -> None:
         for batch in loader.epoch(epoch):
             cache(batch)
     assert set(opener.sizes) <= {16, 32}
+
+
+@pytest.mark.parametrize("views", [VIEWS, NoViews()], ids=lambda v: v.key())
+def test_caches_that_are_filled_together_hold_the_same_bytes_and_the_teachers_are_asked_once(
+    tmp_path: Path, views: Views
+) -> None:
+    split, num_fixed = make_split(), min(3, views.num_views)
+    loader = make_loader(split, views, num_fixed=num_fixed)
+    wanted: tuple[dict[str, str], ...] = ({}, POOLED, {"*": "map"})
+
+    def open_all(root: Path) -> list[source.CachedTeachers]:
+        return [make_cache(root, Opener(make_teachers(), one), split=split, views=views) for one in wanted]
+
+    alone, together = open_all(tmp_path / "alone"), open_all(tmp_path / "together")
+    for cache in alone:
+        cache.fill(loader, num_fixed, 32)
+    opener = Opener(make_teachers(), {"*": "map"})
+    source.fill_together(together, opener(), loader, num_fixed, 32)
+    assert sum(opener.sizes) == num_fixed * len(split)
+    for one, other in zip(alone, together, strict=True):
+        assert one.store.folder.name == other.store.folder.name
+        assert [file.read_bytes() for file in sorted(one.store.folder.glob("rows-*"))] == [
+            file.read_bytes() for file in sorted(other.store.folder.glob("rows-*"))
+        ]
+        assert other.num_asked == 0
+    source.fill_together(together, opener(), loader, num_fixed, 32)
+    assert sum(opener.sizes) == num_fixed * len(split), "what is there is not asked for again"
