@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import torch
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +32,8 @@ from kdcompress.types import Images
 Kind: TypeAlias = Literal["torch", "onnx", "trt"]
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 Resize: TypeAlias = Literal["none", "bilinear", "bilinear-crop"]
+InputLayout: TypeAlias = Literal["float-nchw", "uint8-nhwc"]
+OutputKind: TypeAlias = Literal["logits", "probabilities"]
 
 BUNDLE_FILE = "bundle.json"
 SCHEMA_VERSION = 1
@@ -82,6 +87,40 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class Interface:
+    """How a model file is spoken to: one input `images`, one output of the name of its kind.
+
+    Args:
+        input: "float-nchw": float32 in [0, 1], batch × channels × height × width; "uint8-nhwc": 0 to 255, batch ×
+            height × width × channels, as a camera or a decoded picture has it.
+        output: "logits"; or "probabilities", which sum to 1.
+        batch: the number of images it takes at once; None: any.
+    """
+
+    input: InputLayout = "float-nchw"
+    output: OutputKind = "logits"
+    batch: int | None = None
+
+    def feed(self, images: Images) -> NDArray[np.float32] | NDArray[np.uint8]:
+        """Images in [0, 1], at the network's size, as the file wants them."""
+        values = images.to("cpu", torch.float32)
+        if self.input == "uint8-nhwc":
+            values = (values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        array: NDArray[np.float32] | NDArray[np.uint8] = values.contiguous().numpy()
+        return array
+
+    @property
+    def changes(self) -> str:
+        """What differs from the default, as part of a folder's name: "" or "-uint8-nhwc-probabilities-batch8"."""
+        words = (self.input if self.input != "float-nchw" else "", self.output if self.output != "logits" else "")
+        return "".join(f"-{word}" for word in (*words, f"batch{self.batch}" if self.batch else "") if word)
+
+
+PLAIN = Interface()
+"""Float NCHW in, logits out, any batch size."""
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A model on disk with all that is needed to use it.
 
@@ -97,6 +136,7 @@ class Bundle:
         num_params: parameters of the network in fp32 (without statistics).
         provenance: the steps that led here, oldest first (`provenance_step`).
         model_digest: SHA-256 of the model file.
+        interface: how the model file is spoken to.
     """
 
     path: Path
@@ -110,6 +150,7 @@ class Bundle:
     num_params: int
     provenance: tuple[Mapping[str, Any], ...]
     model_digest: str
+    interface: Interface = PLAIN
 
     @property
     def model_path(self) -> Path:
@@ -152,6 +193,14 @@ class _PreprocessDocument(BaseModel):
     resize: Resize
 
 
+class _InterfaceDocument(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    input: InputLayout = "float-nchw"
+    output: OutputKind = "logits"
+    batch: int | None = Field(default=None, ge=1)
+
+
 class _BundleDocument(BaseModel):
     """What `bundle.json` must look like."""
 
@@ -169,6 +218,7 @@ class _BundleDocument(BaseModel):
     num_params: int = Field(ge=0)
     provenance: tuple[dict[str, Any], ...]
     model_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    interface: _InterfaceDocument = _InterfaceDocument()
 
 
 def _dump(bundle: Bundle) -> str:
@@ -204,6 +254,7 @@ def write_bundle(
     arch_args: Mapping[str, Any] | None = None,
     provenance: tuple[Mapping[str, Any], ...] = (),
     training_digests: Int64[Tensor, " images"] | None = None,
+    interface: Interface = PLAIN,
     replace: bool = False,
 ) -> Bundle:
     """Writes a bundle; its folder appears only when everything in it is written, and checked by `write_model`.
@@ -234,6 +285,7 @@ def write_bundle(
             num_params=num_params,
             provenance=tuple(provenance),
             model_digest=file_digest(folder / file),
+            interface=interface,
         )
         if training_digests is not None:
             write_safetensors(folder / TRAINING_DIGESTS_FILE, {"digests": training_digests})
@@ -283,8 +335,9 @@ def read_bundle(path: Path) -> Bundle:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise BundleError(f"{place or BUNDLE_FILE}: {first['msg']}", where=str(file)) from error
-    fields = document.model_dump(exclude={"format", "schema_version", "preprocess"})
-    bundle = Bundle(path=path, preprocess=Preprocess(**document.preprocess.model_dump()), **fields)
+    fields = document.model_dump(exclude={"format", "schema_version", "preprocess", "interface"})
+    preprocess, interface = document.preprocess.model_dump(), document.interface.model_dump()
+    bundle = Bundle(path=path, preprocess=Preprocess(**preprocess), interface=Interface(**interface), **fields)
     if not bundle.model_path.is_file():
         raise BundleError(f"the model file {bundle.file} is missing", where=str(path))
     found = file_digest(bundle.model_path)

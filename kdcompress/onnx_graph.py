@@ -200,6 +200,58 @@ def lower_opset(model: ModelProto, opset: int) -> bool:
     return True
 
 
+def raise_opset(model: ModelProto, opset: int) -> ModelProto:
+    """The model in a newer opset, by ONNX's own converter; itself where it is as new already."""
+    from onnx import version_converter
+
+    return model if opset_of(model) >= opset else version_converter.convert_version(model, opset)
+
+
+def opset_of(model: ModelProto) -> int:
+    """The opset of ONNX's own operators that a model declares; 0 where it declares none."""
+    versions: list[int] = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    return max(versions, default=0)
+
+
+def element_types(model: ModelProto) -> dict[str, int]:
+    """Tensor -> its element type (`onnx.TensorProto.FLOAT` …), for inputs, constants and all that can be inferred."""
+    types = {value.name: value.type.tensor_type.elem_type for value in _inferred(model)}
+    return types | {item.name: item.data_type for item in model.graph.initializer}
+
+
+def half_places(node: NodeProto, opset: int, types: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which inputs and outputs of a node are float32 and may be fp16 instead, by ONNX's definition of its operator.
+
+    Args:
+        node: the node.
+        opset: the opset that it is of.
+        types: tensor → element type, as the graph is in float32.
+
+    Returns:
+        The places of inputs and of outputs; none where ONNX does not know the operator, or its outputs have a type of
+        their own.
+    """
+    from onnx import TensorProto, defs
+
+    try:
+        schema = defs.get_schema(node.op_type, opset, node.domain)
+    except defs.SchemaError:
+        return (), ()
+    halves = {one.type_param_str for one in schema.type_constraints if "tensor(float16)" in one.allowed_type_strs}
+
+    def places(names: Any, formal: Any) -> tuple[int, ...]:
+        last = len(formal) - 1  # variadic: what is further has the type of the last
+        return tuple(
+            place
+            for place, name in enumerate(names)
+            if types.get(name) == TensorProto.FLOAT and formal[min(place, last)].type_str in halves
+        )
+
+    inputs, outputs = places(node.input, schema.inputs), places(node.output, schema.outputs)
+    by_attribute = node.op_type == "Cast" or (node.op_type == "Constant" and _attribute_names(node) == {"value"})
+    return (inputs, outputs) if inputs or by_attribute else ((), ())
+
+
 def _never(node: NodeProto) -> bool:  # noqa: ARG001
     return False
 

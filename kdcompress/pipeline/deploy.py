@@ -14,6 +14,7 @@ from kdcompress.files import require_empty
 from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits, require_classes
 from kdcompress.profiles import Profile, default_profile, get_profile
 from kdcompress.quantize import find_quantizer
+from kdcompress.quantize.fp16 import Fp16Quantizer
 from kdcompress.types import Images
 
 VERIFIED_IMAGES = 64
@@ -89,6 +90,57 @@ def export(
     bundle = walk(start.bundle, target, folder, profile=chosen, images=images, replace=out is None)
     console().print(f"{bundle.path} · {bundle.size_mb:.3f} MB · answers as {start.bundle.path.name} does")
     return bundle
+
+
+def convert_to_fp16(
+    source: Path | None,
+    *,
+    profile: str = "auto",
+    data: str | None = None,
+    out: Path | None = None,
+    autocast: Path | None = None,
+) -> Bundle:
+    """Writes a student, or an INT8 bundle's rest, in fp16, beside it unless `out` says where.
+
+    Args:
+        source: a run or a bundle; by default the newest run.
+        profile: what it is for.
+        data: where the images come from, if not from the run.
+        out: the bundle to write.
+        autocast: a Python with nvidia-modelopt, to convert by its AutoCast.
+
+    Raises:
+        InputError: there is nothing to convert, or the profile has no fp16.
+        VerificationError: what was written does not answer as its source does; nothing is kept.
+    """
+    if out is not None:
+        require_empty(out)
+    start, chosen = find_source(source), choose_profile(profile)
+    images = find_images(start, data)
+    bundle = start.bundle
+    folder = out or start.folder / (f"onnx-int8-fp16-{chosen.name}" if bundle.precision == "int8" else "onnx-fp16")
+    with tempfile.TemporaryDirectory() as scratch:
+        if bundle.kind == "torch":
+            between = (start.folder if out is None else Path(scratch)) / f"onnx-{bundle.precision}"
+            few = images[:VERIFIED_IMAGES]
+            bundle = walk(bundle, "onnx", between, profile=chosen, images=few, replace=True)
+        made = Fp16Quantizer(autocast).run(bundle, images, folder, profile=chosen, replace=out is None)
+    step = made.provenance[-1]
+    told, kept = step["agreement"], step["kept_float32"]
+    difference, largest = told["largest_difference"], told["largest_logit"]
+    speak = console()
+    speak.print(
+        f"{made.path} · {made.size_mb:.3f} MB ({bundle.size_mb / made.size_mb:.1f} × smaller) · the class of "
+        f"{told['with']} for {told['value']:.2%} of {told['images']} images, logits differ by {difference} at most "
+        f"(the largest is {largest})"
+    )
+    if kept:
+        speak.print(
+            f"note: {len(kept)} operators stay float32, their numbers come near the largest of fp16: {kept[0]} …"
+        )
+    if chosen.note:
+        speak.print(f"note: {chosen.name} {chosen.note}")
+    return made
 
 
 def quantize(source: Path | None, *, profile: str = "auto", data: str | None = None, out: Path | None = None) -> Bundle:

@@ -6,29 +6,33 @@ ONNX Runtime's own quantizer does it, with the scheme of a profile. Ranges are t
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcompress import onnx_graph
-from kdcompress.bundle import Bundle, Kind, Precision, fit_images, model_metadata, provenance_step, write_bundle
+from kdcompress.bundle import (
+    PLAIN,
+    Bundle,
+    Interface,
+    Kind,
+    Precision,
+    fit_images,
+    model_metadata,
+    provenance_step,
+    write_bundle,
+)
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.profiles import Profile, instruction_sets
+from kdcompress.quantize._answers import batches, images_digest, predict, quiet
 from kdcompress.quantize.base import OtherImages, Ranges
-from kdcompress.runtimes.onnxruntime_runtime import first_line, open_session
-from kdcompress.types import Images, Logits
+from kdcompress.runtimes.onnxruntime_runtime import first_line
+from kdcompress.types import Images
 
-_BATCH = 32
 _IN_FP32 = ("Gemm", "MatMul")
 """Outputs that stay fp32: logits of 8 bits would tie where fp32 decides, and a matrix product sums in fp32 anyway."""
 _LEAST_AGREEMENT = 0.5
@@ -63,9 +67,16 @@ class _Int8:
         calibration = fit_images(calibration, bundle.preprocess)
         compared = calibration if images is None else fit_images(images, bundle.preprocess)
         reduce_range = profile.reduces_range(instruction_sets())
-        model = quantize_model(bundle.model_path, calibration, profile, reduce_range=reduce_range, ranges=ranges)
+        model = quantize_model(
+            bundle.model_path,
+            calibration,
+            profile,
+            reduce_range=reduce_range,
+            ranges=ranges,
+            interface=bundle.interface,
+        )
         source, quantized = bundle.model_path.read_bytes(), model.SerializeToString(deterministic=True)
-        agreed = agreement(predict(source, compared), predict(quantized, compared))
+        agreed = agreement(predict(source, compared, bundle.interface), predict(quantized, compared, bundle.interface))
         if agreed < _LEAST_AGREEMENT:
             what = f"INT8 gives the class of fp32 for {agreed:.1%} of {len(compared)} images, at least half is needed"
             raise VerificationError(what, where=str(bundle.path))
@@ -106,6 +117,7 @@ class _Int8:
             arch_args=bundle.arch_args,
             num_params=bundle.num_params,
             provenance=provenance,
+            interface=bundle.interface,
             replace=replace,
         )
 
@@ -114,7 +126,13 @@ QUANTIZER = _Int8()
 
 
 def quantize_model(
-    path: Path, calibration: Images, profile: Profile, *, reduce_range: bool, ranges: Ranges | None = None
+    path: Path,
+    calibration: Images,
+    profile: Profile,
+    *,
+    reduce_range: bool,
+    ranges: Ranges | None = None,
+    interface: Interface = PLAIN,
 ) -> Any:
     """Quantizes an ONNX file by ONNX Runtime's static quantizer.
 
@@ -124,6 +142,7 @@ def quantize_model(
         profile: the scheme.
         reduce_range: whether weights get 7 bits.
         ranges: scales and zero points that are not to be found on `calibration`.
+        interface: how the file is spoken to.
 
     Returns:
         The quantized model, an `onnx.ModelProto`; the same bytes whenever it is made from the same.
@@ -139,13 +158,13 @@ def quantize_model(
         name: [{"scale": np.array(scale, np.float32), "zero_point": np.array(zero_point, profile.activation_type)}]
         for name, (scale, zero_point) in (ranges or {}).items()
     }
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "int8.onnx"
         try:
             quantize_static(
                 path,
                 written,
-                _reader(calibration),
+                _reader(calibration, interface),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(profile.operators),
                 nodes_to_exclude=kept_float(onnx.load(path), profile),
@@ -203,56 +222,16 @@ def kept_float(model: Any, profile: Profile) -> list[str]:
     return kept
 
 
-def predict(content: bytes, images: Images) -> Logits:
-    """The logits of an ONNX model that is not on disk yet.
-
-    Raises:
-        VerificationError: the model does not run, or answers with numbers that are not finite.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(content)
-        session = open_session(path)
-        answers = [session.run(["logits"], {"images": batch})[0] for batch in _batches(images)]
-    logits = torch.from_numpy(np.concatenate(answers))
-    if not bool(logits.isfinite().all()):
-        raise VerificationError("the quantized model answers with logits that are not finite numbers")
-    return logits
-
-
-def images_digest(images: Images) -> str:
-    """SHA-256 of images, as 8-bit values: what the ranges were found on."""
-    return hashlib.sha256((images * 255).round().to(torch.uint8).cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def _batches(images: Images) -> Iterator[NDArray[np.float32]]:
-    for start in range(0, len(images), _BATCH):
-        yield images[start : start + _BATCH].to("cpu", torch.float32).contiguous().numpy()
-
-
-def _reader(images: Images) -> Any:
+def _reader(images: Images, interface: Interface) -> Any:
     """What ONNX Runtime's calibration reads from."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._batches = _batches(images)
+            self._batches = batches(images, interface)
 
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
             batch = next(self._batches, None)
             return None if batch is None else {"images": batch}
 
     return Reader()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what the quantizer logs and warns about itself."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)

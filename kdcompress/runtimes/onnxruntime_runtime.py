@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from kdcompress.bundle import Bundle, Preprocess, fit_images
+from kdcompress.bundle import Bundle, Interface, Preprocess, fit_images
 from kdcompress.errors import BundleError, InputError, ShapeError
 from kdcompress.types import Images, Logits
 
@@ -16,28 +17,48 @@ _ERRORS_ONLY = 3
 
 
 class OnnxPredictor:
-    """An ONNX Runtime session that takes `images` and gives `logits`."""
+    """An ONNX Runtime session, spoken to as its bundle says."""
 
-    def __init__(self, session: Any, preprocess: Preprocess) -> None:
+    def __init__(self, session: Any, preprocess: Preprocess, interface: Interface) -> None:
         import onnxruntime
 
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
         self._session = session
         self._preprocess = preprocess
+        self._interface = interface
 
     def __call__(self, images: Images, /) -> Logits:
         """Logits for images in [0, 1]."""
-        values = fit_images(images, self._preprocess).to("cpu", torch.float32).contiguous().numpy()
-        try:
-            (logits,) = self._session.run(["logits"], {"images": values})
-        except Exception as error:
-            raise ShapeError(f"the model does not take images of shape {values.shape}: {first_line(error)}") from error
-        return torch.from_numpy(logits).to(images.device)
+        return run_session(self._session, fit_images(images, self._preprocess), self._interface).to(images.device)
 
 
 def open_bundle(bundle: Bundle, device: str, threads: int | None) -> OnnxPredictor:
     """See `runtimes.open_bundle`."""
-    return OnnxPredictor(open_session(bundle.model_path, device, threads), bundle.preprocess)
+    return OnnxPredictor(open_session(bundle.model_path, device, threads), bundle.preprocess, bundle.interface)
+
+
+def run_session(session: Any, images: Images, interface: Interface) -> Logits:
+    """The logits for images in [0, 1] at the network's size; the logarithms of probabilities, where it gives those.
+
+    A model of a fixed batch size is asked as often as it takes, the last time with copies of the last image.
+
+    Raises:
+        ShapeError: the model does not take these images.
+    """
+    values = interface.feed(images)
+    size = interface.batch or max(len(values), 1)
+    answers = []
+    for start in range(0, max(len(values), 1), size):
+        chunk = values[start : start + size]
+        missing = size - len(chunk) if interface.batch and len(chunk) else 0
+        padded = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)]) if missing else chunk
+        try:
+            (answer,) = session.run([interface.output], {"images": padded})
+        except Exception as error:
+            raise ShapeError(f"the model does not take images of shape {padded.shape}: {first_line(error)}") from error
+        answers.append(torch.from_numpy(answer)[: len(chunk)])
+    found = torch.cat(answers)
+    return found if interface.output == "logits" else found.clamp(min=torch.finfo(found.dtype).tiny).log()
 
 
 def open_session(path: Path, device: str = "cpu", threads: int | None = None) -> Any:

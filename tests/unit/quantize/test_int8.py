@@ -13,7 +13,8 @@ from onnx import numpy_helper
 from kdcompress.bundle import Bundle, read_bundle
 from kdcompress.errors import BundleError, InputError, ShapeError, VerificationError
 from kdcompress.profiles import get_profile, instruction_sets
-from kdcompress.quantize.int8 import QUANTIZER, images_digest, predict, quantize_model
+from kdcompress.quantize._answers import images_digest, predict
+from kdcompress.quantize.int8 import QUANTIZER, quantize_model
 from tests.unit.deployed import digits, onnx_bundle, student_bundle
 
 PROFILE = get_profile("ort-x86")
