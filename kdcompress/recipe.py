@@ -34,10 +34,12 @@ class DataSection(Section):
 
     `limit` and `test_limit` use so many training and test images. `views` is how training images are augmented;
     `padding` belongs to the crops, `mixup_alpha` 0 mixes nothing. `image_size` is the side of the square in pixels.
+    `force` learns weights of the teachers also from labels of images that they were trained on.
     """
 
     source: str | None = None
     holdout: str | None = None
+    force: bool = False
     unlabeled: str | None = None
     split_seed: Seed = 0
     view_seed: Seed = 0

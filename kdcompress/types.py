@@ -31,6 +31,10 @@ Head: TypeAlias = Callable[[Tensor], Tensor]
 FeatureForm: TypeAlias = Literal["pooled", "map"]
 """How a teacher's feature map reaches a method: averaged over its positions (1 × 1), or whole."""
 
+WeightSource: TypeAlias = Literal["fixed", "answers", "labels", "training", "training labels", "heldout"]
+"""What decides how much each teacher counts: nothing about the image; what the networks say of it; its label; what is
+learned along with the student, from losses without or with labels; what is learned from held-out images."""
+
 UNLABELLED = -1
 """The label of an image without one."""
 
@@ -172,6 +176,8 @@ class Needs:
         self_teacher: whether each student's pre-trained copy is needed.
         batch_relations: whether the loss relates the images of a batch to each other.
         heldout: whether `refit` wants images that the teachers have not seen.
+        weights: what the weights of the teachers come from. "training labels" is refused on images that the teachers
+            were trained on: there it learns who memorised best.
         mixup_allowed: whether mixed images keep their meaning here.
         students: least and largest number of students trained together.
     """
@@ -184,6 +190,7 @@ class Needs:
     self_teacher: bool = False
     batch_relations: bool = False
     heldout: bool = False
+    weights: WeightSource = "fixed"
     mixup_allowed: bool = True
     students: tuple[int, int] = (1, 1)
 

@@ -13,6 +13,7 @@ FLAG_KEYS = {
     "data": ("data", "source"),
     "unlabeled": ("data", "unlabeled"),
     "holdout": ("data", "holdout"),
+    "force": ("data", "force"),
     "method": ("method", "name"),
 }
 

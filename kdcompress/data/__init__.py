@@ -15,7 +15,7 @@ from kdcompress.data.base import (
     unit_interval,
     view_number,
 )
-from kdcompress.data.contamination import seen_fraction, training_digests
+from kdcompress.data.contamination import seen_fraction, seen_images, training_digests
 from kdcompress.data.loader import TrainLoader, eval_batches, label_targets
 from kdcompress.data.splits import Splits, load_splits
 from kdcompress.data.views import CropFlip, Mixup, NoViews, RandomResizedCrop, build_views
@@ -43,6 +43,7 @@ __all__ = [
     "nth_view",
     "pick_views",
     "seen_fraction",
+    "seen_images",
     "training_digests",
     "unit_interval",
     "view_number",

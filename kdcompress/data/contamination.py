@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from kdcompress.data.base import Split
@@ -22,8 +22,19 @@ def seen_fraction(seen: Int64[Tensor, "digests"], split: Split) -> float:
         seen: sorted digests, as `training_digests` gives them.
         split: the images in question.
     """
-    if not len(seen) or not len(split):
-        return 0.0
+    return float(seen_images(seen, split).double().mean()) if len(split) else 0.0
+
+
+def seen_images(seen: Int64[Tensor, "digests"], split: Split) -> Bool[Tensor, "members"]:
+    """Which of a split's images have content that is among `seen`.
+
+    Args:
+        seen: sorted digests, as `training_digests` gives them.
+        split: the images in question.
+    """
     digests = split.digests()
+    if not len(seen):
+        return torch.zeros_like(digests, dtype=torch.bool)
     place = torch.searchsorted(seen, digests).clamp(max=len(seen) - 1)
-    return float((seen[place] == digests).double().mean())
+    found: Tensor = seen[place] == digests
+    return found

@@ -72,7 +72,7 @@ class AEKD(Method):
         """Teachers; labels only while `label_weight` is not 0."""
         dkd = options.get("loss") == "dkd"
         labels = dkd or bool(options.get("label_weight", LABEL_WEIGHT))
-        return Needs(labels="soft" if labels else "none", mixup_allowed=not dkd)
+        return Needs(labels="soft" if labels else "none", weights="answers", mixup_allowed=not dkd)
 
     def forward(self, step: Step) -> LossTerms:
         """The terms `soft_targets` and `labels`, and the weights."""

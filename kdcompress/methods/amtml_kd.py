@@ -168,13 +168,15 @@ class AMTMLKD(Method):
         separate = ("loss", "standardise", "mix")
         settings = resolve_options(variant, **{name: value for name, value in options.items() if name not in separate})
         hints = settings.get("hint_share") or settings.get("hint_weight")
+        labelled = options.get("loss") == "dkd"
         return Needs(
             labels="soft" if settings["label_weight"] else "none",
             student_features=("*",),
             teacher_features={"last": hint_pool} if hints else {},
             batch_relations=bool(settings.get("angle_share") or settings.get("angle_weight")),
             heldout=variant == "repaired",
-            mixup_allowed=options.get("loss") != "dkd",
+            weights="heldout" if variant == "repaired" else "training labels" if labelled else "training",
+            mixup_allowed=not labelled,
         )
 
     def forward(self, step: Step) -> LossTerms:

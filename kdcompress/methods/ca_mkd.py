@@ -115,6 +115,7 @@ class CAMKD(Method):
         hints = bool(options.get("hint_weight", HINT_WEIGHT))
         return Needs(
             labels="soft",
+            weights="labels",
             student_features=("*",) if hints else (),
             teacher_features={"*": "map"} if hints else {},
             teacher_heads=hints,

@@ -73,12 +73,15 @@ class WeightedKD(Method):
     @classmethod
     def needs(cls, **options: Any) -> Needs:
         """Feature maps of the student, and held-out images where the weighting is refitted on some."""
-        learns = find_weighting(options.get("weighting", WEIGHTING)).refit is not Weighting.refit
+        weighting, labelled = find_weighting(options.get("weighting", WEIGHTING)), options.get("loss") == "dkd"
+        learns = weighting.refit is not Weighting.refit
+        source = "heldout" if learns else weighting.source
         return Needs(
             labels="soft" if options.get("label_weight", LABEL_WEIGHT) else "none",
             student_features=("*",),
             heldout=learns,
-            mixup_allowed=options.get("loss") != "dkd",
+            weights="training labels" if labelled and source == "training" else source,
+            mixup_allowed=not labelled,
         )
 
     def forward(self, step: Step) -> LossTerms:

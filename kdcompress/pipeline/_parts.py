@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from kdcompress.bundle import Preprocess
 from kdcompress.data import Splits, TrainLoader, build_views, unit_interval, whole_source
 from kdcompress.discovery import check_options
 from kdcompress.errors import InputError, RecipeError
+from kdcompress.headroom import Headroom
 from kdcompress.init import InitDecision, InitReport, initialise, names_file, resolve_init
 from kdcompress.methods.base import Method, find_method
 from kdcompress.models import build_network, published_weights
@@ -35,6 +36,7 @@ from kdcompress.pipeline._teachers import (
     sample_of,
     saw_val,
 )
+from kdcompress.pipeline._weights import HeldOutImages, judge_weights, known_by_heart, measure, sift_holdout
 from kdcompress.pipeline.base import RunFacts, open_splits
 from kdcompress.recipe import DataSection, Recipe, StudentSection, TrainSection
 from kdcompress.teachers import load_checkpoint
@@ -99,16 +101,35 @@ class Materials:
         splits: the images.
         teachers: opened, their normalisation found.
         exams: what each teacher answered on val and holdout.
+        held: what of the holdout can be learned from.
+        headroom: what weights of the teachers are worth, where that can be known.
     """
 
     data: DataSection
     splits: Splits
     teachers: tuple[OpenedTeacher, ...]
     exams: tuple[Exam, ...]
+    held: HeldOutImages
+    headroom: Headroom | None
 
 
 def open_materials(asked: Recipe, speak: Console) -> Materials:
     """Opens the images and the teachers of a recipe, examines the teachers, and says what it found."""
+    data, splits, opened = open_inputs(asked, speak)
+    held = sift_holdout(splits, opened)
+    exams = tuple(examine(one.teacher, held.splits) for one in opened)
+    held = replace(held, why_not=held.why_not or known_by_heart(opened, exams))
+    if opened:
+        speak.print(exam_table(opened, exams))
+    return Materials(data, held.splits, opened, exams, held, measure(held, exams))
+
+
+def open_inputs(asked: Recipe, speak: Console) -> tuple[DataSection, Splits, tuple[OpenedTeacher, ...]]:
+    """The data as resolved, its images, and the teachers, on the device of the training; says what the data is.
+
+    Raises:
+        InputError: one of them cannot be opened, or they do not fit each other.
+    """
     checkpoints = read_checkpoints(asked.teachers)
     source = asked.data.source or next((c.metadata["data"] for c in checkpoints if c.metadata.get("data")), None)
     if source is None:
@@ -120,7 +141,6 @@ def open_materials(asked: Recipe, speak: Console) -> Materials:
     for note in splits.notes:
         speak.print(f"note: {note}")
     require_fitting(checkpoints, splits)
-
     opened = tuple(
         open_teacher(section, checkpoint, number, splits.image_shape, partial(sample_of, splits))
         for number, (section, checkpoint) in enumerate(zip(asked.teachers, checkpoints, strict=True), start=1)
@@ -128,10 +148,7 @@ def open_materials(asked: Recipe, speak: Console) -> Materials:
     device = choose_device(asked.train.device)
     for one in opened:
         one.teacher.to(device)
-    exams = tuple(examine(one.teacher, splits) for one in opened)
-    if opened:
-        speak.print(exam_table(opened, exams))
-    return Materials(data, splits, opened, exams)
+    return data, splits, opened
 
 
 def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Materials | None = None) -> Parts:
@@ -163,7 +180,9 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
         materials = open_materials(asked, speak)
     splits, opened, exams = materials.splits, materials.teachers, materials.exams
     data = asked.data.model_copy(update={"source": materials.data.source, "image_size": materials.data.image_size})
-    notes: list[str] = []
+    held, headroom = materials.held, materials.headroom
+    asked_teachers = opened if most else ()
+    notes: list[str] = [*held.notes]
     seen: bool | None = None
     because = ""
     if opened:
@@ -175,6 +194,11 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
         seen, because = saw_val(exams)
         answer = {True: "yes", False: "no", None: "not known"}[seen]
         notes.append(f"teachers saw val: {answer} ({because})")
+    if headroom is not None:
+        notes += headroom.brief()
+    elif held.why_not:
+        notes.append(f"what weights of these teachers would be worth is not known: {held.why_not}")
+    notes += judge_weights(asked.method.name, needs, asked_teachers, held, force=asked.data.force)
 
     started = tuple(
         build_student(section, asked.seed + number, splits, opened, offline=offline)
@@ -185,7 +209,6 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
         speak.print(f"student: {new.student.arch}, {new.student.num_params:,} parameters · {new.decision.why}")
         if new.copied is not None:
             speak.print(f"         {new.copied.copied_parameters:.0%} of its parameters copied")
-    asked_teachers = opened if most else ()
     if opened and not most:
         notes.append(f"{asked.method.name} asks no teachers; they only matter for where the student starts")
     teacher_shapes = tuple(one.teacher.feature_shapes for one in asked_teachers)
@@ -197,8 +220,6 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
     ]
     shapes = [NetworkShapes(len(splits.classes), one.student.feature_shapes, teacher_shapes) for one in started]
     methods = tuple(method_class(of_one, heads, **options) for of_one in shapes)
-    if needs.heldout and splits.holdout is None:
-        notes.append(f"no --holdout: {asked.method.name} learns no weights for the teachers and averages them")
     for note in notes:
         speak.print(f"note: {note}")
 
@@ -223,6 +244,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
         init=started[0].describe() | ({"peers": [one.describe() for one in started[1:]]} if started[1:] else {}),
         data_digest=splits.digest,
         notes=tuple(notes),
+        headroom=asdict(headroom) if headroom else {},
     )
     loader = build_loader(recipe, splits, cached=bool(asked_teachers) and recipe.cache.enabled)
     return Parts(recipe, splits, opened, started, methods, needs, loader, facts)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from kdcompress.bundle import Preprocess, Resize
 from kdcompress.data import Split, Splits, eval_batches, seen_fraction, unit_interval
 from kdcompress.errors import CheckpointError, ShapeError
-from kdcompress.evaluate import Accuracy, evaluate
+from kdcompress.evaluate import Accuracy, accuracy_of, predict_all
 from kdcompress.networks import Teacher, TeacherEnsemble
 from kdcompress.recipe import TeacherSection
 from kdcompress.teachers import LoadedCheckpoint, build_from, load_checkpoint
@@ -45,11 +46,13 @@ class Exam:
         val: on images of val, `EXAMINED_IMAGES` at most.
         holdout: on the held-out images, where there are any.
         saw_val: the fraction of val that it was trained on; None where its file does not say.
+        heldout_answers: its logits for those held-out images, and their labels.
     """
 
     val: Accuracy
     holdout: Accuracy | None
     saw_val: float | None
+    heldout_answers: tuple[Tensor, Tensor] | None = None
 
 
 def read_checkpoints(sections: Sequence[TeacherSection]) -> tuple[LoadedCheckpoint, ...]:
@@ -204,18 +207,25 @@ def sample_of(splits: Splits) -> tuple[Images, Labels]:
     return unit_interval(chosen.images.load(chosen.ids)), chosen.labels
 
 
-def examine(teacher: Teacher, splits: Splits) -> Exam:
-    """Asks a teacher for val and holdout, and its file whether it was trained on val."""
+def examine(teacher: Teacher, splits: Splits, num_heldout: int = EXAMINED_IMAGES) -> Exam:
+    """Asks a teacher for val and holdout, and its file whether it was trained on val.
 
-    def ask(split: Split) -> Accuracy:
-        batches = eval_batches(split.take(EXAMINED_IMAGES), len(splits.classes))
-        return evaluate(teacher.predict, batches, len(splits.classes))
+    Args:
+        teacher: who is asked.
+        splits: of the data.
+        num_heldout: at most so many held-out images.
+    """
+
+    def ask(split: Split, num_images: int) -> tuple[Tensor, Tensor]:
+        return predict_all(teacher.predict, eval_batches(split.take(num_images), len(splits.classes)))
 
     digests = teacher.training_digests
+    answers = ask(splits.holdout, num_heldout) if splits.holdout is not None else None
     return Exam(
-        val=ask(splits.val),
-        holdout=ask(splits.holdout) if splits.holdout is not None else None,
+        val=accuracy_of(*ask(splits.val, EXAMINED_IMAGES)),
+        holdout=accuracy_of(*answers) if answers else None,
         saw_val=seen_fraction(digests, splits.val) if digests is not None else None,
+        heldout_answers=answers,
     )
 
 

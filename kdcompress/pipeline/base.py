@@ -58,6 +58,8 @@ class RunFacts:
         init: how the student started, why, and what was copied.
         data_digest: digest of all splits.
         notes: sentences the user was told.
+        headroom: what weights of the teachers are worth on held-out images (`headroom.Headroom`); empty where that was
+            not measured.
     """
 
     teachers: tuple[dict[str, Any], ...] = ()
@@ -67,6 +69,7 @@ class RunFacts:
     init: dict[str, Any] = field(default_factory=dict)
     data_digest: str = ""
     notes: tuple[str, ...] = ()
+    headroom: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class RunFolder:
         file = self.path / FACTS_FILE
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
+            content.setdefault("headroom", {})  # runs of before it was measured
             found = {entry.name: content[entry.name] for entry in fields(RunFacts)}
             lists: dict[str, Any] = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
             return RunFacts(**{**found, **lists})

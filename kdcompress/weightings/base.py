@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kdcompress.discovery import find_class, list_names
 from kdcompress.errors import ShapeError
-from kdcompress.types import EnsembleOutputs, NetworkShapes, Step, TeacherWeights
+from kdcompress.types import EnsembleOutputs, NetworkShapes, Step, TeacherWeights, WeightSource
 
 PACKAGE = "kdcompress.weightings"
 
@@ -29,6 +30,9 @@ class Weighting(nn.Module, ABC):
     Args:
         shapes: of the student's and the teachers' feature maps.
     """
+
+    source: ClassVar[WeightSource] = "answers"
+    """What the weights come from; see `Needs.weights`."""
 
     def __init__(self, shapes: NetworkShapes) -> None:
         super().__init__()

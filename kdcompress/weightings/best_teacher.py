@@ -16,12 +16,13 @@ Cost
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcompress.types import UNLABELLED, NetworkShapes, Step, TeacherWeights
+from kdcompress.types import UNLABELLED, NetworkShapes, Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, by_teacher, teachers_of
 
 
@@ -31,6 +32,8 @@ class BestTeacher(Weighting):
     Args:
         shapes: of the student's and the teachers' feature maps.
     """
+
+    source: ClassVar[WeightSource] = "heldout"
 
     weights: Tensor
 

@@ -17,18 +17,22 @@ Cost
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from kdcompress.losses import full_precision
-from kdcompress.types import UNLABELLED, LabelTargets, Step, TeacherLogits, TeacherWeights
+from kdcompress.types import UNLABELLED, LabelTargets, Step, TeacherLogits, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, teachers_of
 
 
 class Confidence(Weighting):
     """(1 - softmax over the teachers of their cross entropies) / (teachers - 1)."""
+
+    source: ClassVar[WeightSource] = "labels"
 
     @torch.no_grad()
     def forward(self, step: Step) -> TeacherWeights:

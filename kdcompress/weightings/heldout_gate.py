@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kdcompress.losses import full_precision, without_autocast
-from kdcompress.types import UNLABELLED, NetworkShapes, Step, TeacherWeights
+from kdcompress.types import UNLABELLED, NetworkShapes, Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import (
     INSTANCE,
     STATIC,
@@ -60,6 +61,8 @@ class HeldoutGate(Weighting):
     Raises:
         ShapeError: the student has no feature maps.
     """
+
+    source: ClassVar[WeightSource] = "heldout"
 
     factors: Tensor
     bias: Tensor
@@ -173,20 +176,20 @@ def fit_gate(
         nll = float(uniform.mean()) if num_images else 0.0
         return GateFit(coefficients, UNIFORM, nll, nll, nll, 0.0, 0.0, 0.0)
     held = fold_masks(labels)
-    static, static_shrinkage = _cross_fit(ones, log_right, held)
-    instance, instance_shrinkage = _cross_fit(inputs, log_right, held)
+    static_fit, instance_fit = cross_fit(ones, log_right, held), cross_fit(inputs, log_right, held)
+    static, instance = (mixture_nll(fit.scores, log_right) for fit in (static_fit, instance_fit))
     choice, best, shrinkage = UNIFORM, uniform, 0.0
-    if _improves(best, static):
-        choice, best, shrinkage = STATIC, static, static_shrinkage
-    if _improves(best, instance):
-        choice, best, shrinkage = INSTANCE, instance, instance_shrinkage
+    if improves(best, static):
+        choice, best, shrinkage = STATIC, static, static_fit.shrinkage
+    if improves(best, instance):
+        choice, best, shrinkage = INSTANCE, instance, instance_fit.shrinkage
     everything = torch.ones_like(held[:1])
     if choice == STATIC:
         coefficients[:, -1:] = fit_coefficients(ones, log_right, everything, shrinkage)[0]
     elif choice == INSTANCE:
         coefficients = fit_coefficients(inputs, log_right, everything, shrinkage)[0]
     candidate = best if choice != UNIFORM else min(static, instance, key=lambda nll: float(nll.mean()))
-    gain, gain_error = _gain(uniform, candidate)
+    gain, gain_error = paired_gain(uniform, candidate)
     return GateFit(
         coefficients,
         choice,
@@ -206,9 +209,11 @@ def mixture_nll(
     return torch.logsumexp(scores, -1) - torch.logsumexp(scores + log_right, -1)
 
 
-def fold_masks(labels: Int64[Tensor, "images"], num_folds: int = NUM_FOLDS) -> Float[Tensor, "folds images"]:
-    """1 where an image belongs to a fold. Each class is dealt out over the folds in a fixed shuffled order."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+def fold_masks(
+    labels: Int64[Tensor, "images"], num_folds: int = NUM_FOLDS, seed: int = 0
+) -> Float[Tensor, "folds images"]:
+    """1 where an image belongs to a fold. Each class is dealt out over the folds in an order that `seed` shuffles."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = shuffled[torch.argsort(labels[shuffled], stable=True)]
     folds = torch.empty_like(labels)
     folds[order] = torch.arange(len(labels)) % num_folds
@@ -261,16 +266,38 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _cross_fit(inputs: Tensor, log_right: Tensor, held: Tensor) -> tuple[Tensor, float]:
-    """Each image's NLL under a gate fitted, and with a λ chosen, without its fold; and the λ that is best over all."""
+class CrossFit(NamedTuple):
+    """A gate's scores for images that it was not fitted on.
+
+    Args:
+        scores: each image's, of the gate fitted, and its λ chosen, without the image's fold; softmax gives the weights.
+        shrinkage: the λ for a fit to all images.
+    """
+
+    scores: Float[Tensor, "images teachers"]
+    shrinkage: float
+
+
+def cross_fit(
+    inputs: Float[Tensor, "images inputs"],
+    log_right: Float[Tensor, "images teachers"],
+    held: Float[Tensor, "folds images"],
+) -> CrossFit:
+    """Fits a gate without each fold in turn, and lets it weigh the teachers for that fold.
+
+    Args:
+        inputs: of the linear gate, float64; a column of ones is its bias.
+        log_right: log probability that each teacher gives to the right class, float64.
+        held: from `fold_masks`.
+    """
     start, rows = None, []
     for shrinkage in SHRINKAGES:
         start = fit_coefficients(inputs, log_right, 1.0 - held, shrinkage, start)
-        rows.append((mixture_nll(torch.einsum("nd,ftd->fnt", inputs, start), log_right) * held).sum(0))
-    nll = torch.stack(rows)
-    chosen = torch.stack([strongest_shrinkage(nll[:, fold == 0]) for fold in held])
-    own_fold = held.argmax(0)
-    return nll.gather(0, chosen[own_fold][None])[0], SHRINKAGES[int(strongest_shrinkage(nll))]
+        rows.append((torch.einsum("nd,ftd->fnt", inputs, start) * held[:, :, None]).sum(0))
+    scores = torch.stack(rows)
+    nll = mixture_nll(scores, log_right)
+    chosen = torch.stack([strongest_shrinkage(nll[:, fold == 0]) for fold in held])[held.argmax(0)]
+    return CrossFit(scores[chosen, torch.arange(len(inputs))], SHRINKAGES[int(strongest_shrinkage(nll))])
 
 
 def strongest_shrinkage(nll: Float[Tensor, "shrinkages images"]) -> Int64[Tensor, ""]:
@@ -284,11 +311,13 @@ def strongest_shrinkage(nll: Float[Tensor, "shrinkages images"]) -> Int64[Tensor
     return first
 
 
-def _gain(simple: Tensor, rich: Tensor) -> tuple[float, float]:
+def paired_gain(simple: Float[Tensor, "images"], rich: Float[Tensor, "images"]) -> tuple[float, float]:
+    """By how much the mean of `rich` is below that of `simple`, and the standard error of the mean difference."""
     difference = simple - rich
     return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 
 
-def _improves(simple: Tensor, rich: Tensor) -> bool:
-    gain, error = _gain(simple, rich)
+def improves(simple: Float[Tensor, "images"], rich: Float[Tensor, "images"]) -> bool:
+    """Whether the gain is more than one standard error."""
+    gain, error = paired_gain(simple, rich)
     return gain > error

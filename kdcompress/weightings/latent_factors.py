@@ -18,11 +18,13 @@ Cost
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from kdcompress.losses import full_precision, without_autocast
-from kdcompress.types import NetworkShapes, Scalar, Step, TeacherWeights
+from kdcompress.types import NetworkShapes, Scalar, Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, by_teacher, last_stage
 
 
@@ -36,6 +38,8 @@ class LatentFactors(Weighting):
     Raises:
         ShapeError: the student has no feature maps.
     """
+
+    source: ClassVar[WeightSource] = "training"
 
     def __init__(self, shapes: NetworkShapes, *, average_pooled: bool = False) -> None:
         super().__init__(shapes)

@@ -16,9 +16,11 @@ Cost
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from kdcompress.types import Step, TeacherWeights
+from kdcompress.types import Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, teachers_of
 
 RESOLUTION = 2**40
@@ -27,6 +29,8 @@ RESOLUTION = 2**40
 
 class RandomTeacher(Weighting):
     """One teacher per step."""
+
+    source: ClassVar[WeightSource] = "fixed"
 
     def forward(self, step: Step) -> TeacherWeights:
         """All weight on the teacher drawn."""

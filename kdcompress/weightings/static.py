@@ -19,13 +19,14 @@ Cost
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kdcompress.types import UNLABELLED, NetworkShapes, Step, TeacherWeights
+from kdcompress.types import UNLABELLED, NetworkShapes, Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, by_teacher, teachers_of
 
 PRIOR_IMAGES = 10.0
@@ -39,6 +40,8 @@ class Static(Weighting):
     Args:
         shapes: of the student's and the teachers' feature maps.
     """
+
+    source: ClassVar[WeightSource] = "heldout"
 
     weights: Tensor
 

@@ -15,14 +15,18 @@ Cost
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from kdcompress.types import Step, TeacherWeights
+from kdcompress.types import Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, teachers_of
 
 
 class Uniform(Weighting):
     """1 / teachers, for every image."""
+
+    source: ClassVar[WeightSource] = "fixed"
 
     def forward(self, step: Step) -> TeacherWeights:
         """The same weight everywhere."""

@@ -27,7 +27,7 @@ FLOORS = (
         "regressors",
         "measurement",
     },
-    {"networks", "methods", "gate"},
+    {"networks", "methods", "gate", "headroom"},
     {"init", "runtimes", "training_step"},
     {"training_session", "heldout"},
     {"train", "teacher_cache", "quantize", "export", "report"},
