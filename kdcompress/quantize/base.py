@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,6 +22,26 @@ OtherImages: TypeAlias = Float[Tensor, "others channels other_height other_width
 
 Ranges: TypeAlias = Mapping[str, tuple[float, int]]
 """Tensor of an ONNX graph -> its scale, a 32-bit number, and its zero point."""
+
+CalibrationMethod: TypeAlias = Literal["minmax", "entropy", "percentile"]
+Layout: TypeAlias = Literal["all", "dense", "late"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What of a graph is quantized, and on which ranges; the profile says the rest.
+
+    Args:
+        calibration: how the ranges of activations are found.
+        layout: "all": every operator of the profile; "dense": the convolutions and matrix products of 8 or more
+            channels, no depthwise ones and none that see a single position, and nothing between them; "late": those
+            among the second half of the layers.
+        keep: names of nodes that stay in fp32 besides.
+    """
+
+    calibration: CalibrationMethod = "minmax"
+    layout: Layout = "all"
+    keep: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -1,17 +1,13 @@
 """INT8 after training: ranges from real images, scales and zero points written as Q/DQ pairs into the ONNX graph.
 
-ONNX Runtime's own quantizer does it, with the scheme of a profile. Ranges are the least and largest value seen
-(min-max).
+ONNX Runtime's own quantizer does it, with the scheme of a profile (`_ptq`).
 """
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from kdcompress import onnx_graph
 from kdcompress.bundle import (
@@ -27,59 +23,102 @@ from kdcompress.bundle import (
 )
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.evaluate import agreement
+from kdcompress.onnx_graph import ModelProto
 from kdcompress.profiles import Profile, instruction_sets
 from kdcompress.quantize._answers import batches, images_digest, predict, quiet
-from kdcompress.quantize.base import OtherImages, Ranges
-from kdcompress.runtimes.onnxruntime_runtime import first_line
-from kdcompress.types import Images
+from kdcompress.quantize._ptq import FloatModel
+from kdcompress.quantize.base import OtherImages, Ranges, Scheme
+from kdcompress.types import Images, Logits
 
-_IN_FP32 = ("Gemm", "MatMul")
-"""Outputs that stay fp32: logits of 8 bits would tie where fp32 decides, and a matrix product sums in fp32 anyway."""
 _LEAST_AGREEMENT = 0.5
-"""Below this a file does not answer as its source does; between this and 1 is for the user to judge."""
+"""Below this a file does not answer as its source does; between this and 1 is for the gate to judge."""
 
 
-class _Int8:
-    """See the module."""
+class Int8Source:
+    """An fp32 ONNX bundle with its calibration images: quantized in as many ways as one wants to try, then written.
 
-    takes: Kind = "onnx"
-    makes: Precision = "int8"
+    Args:
+        bundle: an fp32 ONNX bundle.
+        calibration: real training images in [0, 1], to find the ranges of activations on.
+        profile: what the runtime that it is for wants.
+        ranges: of activations, where a training has learned them; all others are found on `calibration`.
 
-    def run(
-        self,
-        bundle: Bundle,
-        calibration: Images,
-        out: Path,
-        *,
-        profile: Profile,
-        images: OtherImages | None = None,
-        ranges: Ranges | None = None,
-        replace: bool = False,
-    ) -> Bundle:
-        """See `Quantizer.run`."""
-        if (bundle.kind, bundle.precision) != (self.takes, "fp32"):
-            what = f"INT8 is made from an fp32 {self.takes} bundle, this is {bundle.precision} {bundle.kind}"
+    Raises:
+        InputError: another kind of bundle, or a profile without INT8.
+        ShapeError: no images, or not of the network's size.
+        VerificationError: this is not a graph that can be quantized.
+    """
+
+    def __init__(self, bundle: Bundle, calibration: Images, *, profile: Profile, ranges: Ranges | None = None) -> None:
+        if (bundle.kind, bundle.precision) != ("onnx", "fp32"):
+            what = f"INT8 is made from an fp32 onnx bundle, this is {bundle.precision} {bundle.kind}"
             raise InputError(what, where=str(bundle.path), fix="export it to ONNX first")
         if "int8" not in profile.precisions:
             raise InputError(f"{profile.name} ({profile.device}) does not compute in INT8", where="--for")
         if len(calibration) == 0:
             raise ShapeError("no images to calibrate on")
-        calibration = fit_images(calibration, bundle.preprocess)
-        compared = calibration if images is None else fit_images(images, bundle.preprocess)
-        reduce_range = profile.reduces_range(instruction_sets())
-        model = quantize_model(
-            bundle.model_path,
-            calibration,
-            profile,
-            reduce_range=reduce_range,
-            ranges=ranges,
-            interface=bundle.interface,
-        )
-        source, quantized = bundle.model_path.read_bytes(), model.SerializeToString(deterministic=True)
-        agreed = agreement(predict(source, compared, bundle.interface), predict(quantized, compared, bundle.interface))
+        self.bundle = bundle
+        self.profile = profile
+        self._ranges = ranges
+        self._calibration = fit_images(calibration, bundle.preprocess)
+        self._reduce_range = profile.reduces_range(instruction_sets())
+        feeds = list(batches(self._calibration, bundle.interface))
+        with quiet():
+            self._model = FloatModel(bundle.model_path, feeds, profile, reduce_range=self._reduce_range, ranges=ranges)
+
+    def layers(self) -> dict[str, str]:
+        """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
+        return self._model.layers()
+
+    def quantized(self, scheme: Scheme, only: str | None = None) -> bytes:
+        """The INT8 file, not on disk yet; with `only`, of one layer and all else in fp32.
+
+        Raises:
+            VerificationError: the graph cannot be quantized.
+        """
+        content: bytes = self._quantize(scheme, only).SerializeToString(deterministic=True)
+        return content
+
+    def answers(self, images: OtherImages, content: bytes | None = None) -> Logits:
+        """The logits of an INT8 file for images in [0, 1]; without one, of the fp32 bundle.
+
+        Raises:
+            VerificationError: it does not run, or answers with numbers that are not finite.
+        """
+        file = self.bundle.model_path.read_bytes() if content is None else content
+        return predict(file, fit_images(images, self.bundle.preprocess), self.bundle.interface)
+
+    def write(
+        self,
+        scheme: Scheme,
+        out: Path,
+        *,
+        images: OtherImages | None = None,
+        details: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> Bundle:
+        """Writes the bundle; what it agrees with its source on stands in the provenance.
+
+        Args:
+            scheme: how it is quantized.
+            out: the folder to make.
+            images: real images to compare the answers on; by default the calibration images.
+            details: what else the provenance says.
+            replace: take the place of an existing folder.
+
+        Raises:
+            VerificationError: the file does not run, or does not answer as the bundle does.
+            OutputError: `out` is not empty or cannot be written to.
+        """
+        bundle, profile = self.bundle, self.profile
+        compared = self._calibration if images is None else images
+        model = self._quantize(scheme)
+        quantized = self.answers(compared, model.SerializeToString(deterministic=True))
+        agreed = agreement(self.answers(compared), quantized)
         if agreed < _LEAST_AGREEMENT:
             what = f"INT8 gives the class of fp32 for {agreed:.1%} of {len(compared)} images, at least half is needed"
             raise VerificationError(what, where=str(bundle.path))
+        names = self.layers()
         step = provenance_step(
             "quantize-int8",
             bundle,
@@ -89,15 +128,23 @@ class _Int8:
             symmetric=profile.symmetric,
             per_channel=profile.per_channel,
             float_bias=profile.float_bias,
-            reduce_range=reduce_range,
-            calibration={"method": "min-max", "images": len(calibration), "digest": images_digest(calibration)},
-            learned_ranges=len(ranges or ()),
+            reduce_range=self._reduce_range,
+            layout=scheme.layout,
+            kept_fp32=[names.get(name, name) for name in scheme.keep],
+            normalisation_folded=self._model.folded,
+            calibration={
+                "method": scheme.calibration,
+                "images": len(self._calibration),
+                "digest": images_digest(self._calibration),
+            },
+            learned_ranges=len(self._ranges or ()),
             agreement={
                 "with": "fp32",
                 "value": round(agreed, 6),
                 "images": len(compared),
                 "on": "calibration" if images is None else "other images",
             },
+            **(details or {}),
         )
         provenance = (*bundle.provenance, step)
         onnx_graph.set_metadata(model, model_metadata(bundle, provenance))
@@ -121,6 +168,32 @@ class _Int8:
             replace=replace,
         )
 
+    def _quantize(self, scheme: Scheme, only: str | None = None) -> ModelProto:
+        with quiet():
+            return self._model.quantize(scheme, only)
+
+
+class _Int8:
+    """See the module."""
+
+    takes: Kind = "onnx"
+    makes: Precision = "int8"
+
+    def run(
+        self,
+        bundle: Bundle,
+        calibration: Images,
+        out: Path,
+        *,
+        profile: Profile,
+        images: OtherImages | None = None,
+        ranges: Ranges | None = None,
+        replace: bool = False,
+    ) -> Bundle:
+        """See `Quantizer.run`: everything that the profile quantizes, on the least and largest values."""
+        source = Int8Source(bundle, calibration, profile=profile, ranges=ranges)
+        return source.write(Scheme(), out, images=images, replace=replace)
+
 
 QUANTIZER = _Int8()
 
@@ -133,8 +206,8 @@ def quantize_model(
     reduce_range: bool,
     ranges: Ranges | None = None,
     interface: Interface = PLAIN,
-) -> Any:
-    """Quantizes an ONNX file by ONNX Runtime's static quantizer.
+) -> ModelProto:
+    """Quantizes an ONNX file that belongs to no bundle.
 
     Args:
         path: an fp32 ONNX file with the input `images`.
@@ -150,88 +223,6 @@ def quantize_model(
     Raises:
         VerificationError: the quantizer could not be run on this graph, or made one that is not valid.
     """
-    import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-
-    types = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8}
-    overrides = {
-        name: [{"scale": np.array(scale, np.float32), "zero_point": np.array(zero_point, profile.activation_type)}]
-        for name, (scale, zero_point) in (ranges or {}).items()
-    }
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / "int8.onnx"
-        try:
-            quantize_static(
-                path,
-                written,
-                _reader(calibration, interface),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(profile.operators),
-                nodes_to_exclude=kept_float(onnx.load(path), profile),
-                per_channel=profile.per_channel,
-                reduce_range=reduce_range,
-                activation_type=types[profile.activation_type],
-                weight_type=types[profile.weight_type],
-                calibrate_method=CalibrationMethod.MinMax,
-                extra_options={
-                    "ActivationSymmetric": profile.symmetric,
-                    "QuantizeBias": not profile.float_bias,
-                    "AddQDQPairToWeight": profile.float_weights,
-                    "TensorQuantOverrides": overrides,
-                    "OpTypesToExcludeOutputQuantization": list(profile.operators if profile.skip_only else _IN_FP32),
-                },
-            )
-            model = onnx.load(written)
-            if profile.skip_only:
-                onnx_graph.free_residual_branches(model)
-            onnx_graph.drop_unused_initializers(model)
-            onnx_graph.strip_traces(model)
-            onnx.checker.check_model(model, full_check=True)
-        except Exception as error:  # the quantizer raises what any part of it raises
-            raise VerificationError(f"this graph cannot be quantized: {first_line(error)}", where=str(path)) from error
-    return model
-
-
-def kept_float(model: Any, profile: Profile) -> list[str]:
-    """The names of the nodes that a profile leaves in float: layers too small, and an Add that is not of two tensors.
-
-    Args:
-        model: an fp32 `onnx.ModelProto`.
-        profile: the scheme.
-    """
-    if not profile.skip_only:
-        return []
-    shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
-    images = {value.name for value in model.graph.input}
-    kept = []
-    for node in model.graph.node:
-        weight = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
-        first = node.input[:1] != [] and onnx_graph.reads_image(model, node.input[0], images)
-        match node.op_type:
-            case "Add":
-                quantized = not any(name in shapes for name in node.input)
-            case "Conv" | "ConvTranspose" | "Gemm" | "MatMul":
-                size = onnx_graph.layer_size(node, weight)
-                quantized = size is not None and profile.quantizes(
-                    *size[:2], kernel=size[2], groups=size[3], first=first
-                )
-            case _:
-                quantized = True
-        if not quantized:
-            kept.append(node.name)
-    return kept
-
-
-def _reader(images: Images, interface: Interface) -> Any:
-    """What ONNX Runtime's calibration reads from."""
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._batches = batches(images, interface)
-
-        def get_next(self) -> dict[str, NDArray[Any]] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {"images": batch}
-
-    return Reader()
+    feeds = list(batches(calibration, interface))
+    with quiet():
+        return FloatModel(path, feeds, profile, reduce_range=reduce_range, ranges=ranges).quantize(Scheme())

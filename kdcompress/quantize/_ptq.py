@@ -1,0 +1,272 @@
+"""Quantizing after training: an fp32 ONNX model and real images, then as many INT8 graphs as one wants to try.
+
+ONNX Runtime's own quantizer places the Q/DQ pairs and rounds the weights; here is what it is told. Ranges of
+activations are found once for each way of calibrating:
+
+- minmax: the least and the largest value seen;
+- entropy: the range of least Kullback-Leibler divergence between the histogram and its quantized self (Migacz 2017,
+  "8-bit inference with TensorRT");
+- percentile: the range that holds all but 10⁻⁵ of the values.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcompress import onnx_graph
+from kdcompress.errors import VerificationError
+from kdcompress.onnx_graph import ModelProto, NodeProto
+from kdcompress.profiles import Profile
+from kdcompress.quantize._fold import FOLDED, fold_normalisation
+from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
+from kdcompress.runtimes.onnxruntime_runtime import first_line
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_IN_FP32 = ("Gemm", "MatMul")
+"""Outputs that stay fp32: logits of 8 bits would tie where fp32 decides, and a matrix product sums in fp32 anyway."""
+
+Extremes: TypeAlias = Mapping[str, tuple[float, float]]
+"""Tensor -> the least and the largest value that it keeps."""
+
+
+class FloatModel:
+    """An fp32 ONNX file, ready to be quantized.
+
+    Args:
+        path: the file.
+        feeds: batches of calibration images as the file takes them; read once for each way of calibrating.
+        profile: the runtime that the INT8 graphs are for.
+        reduce_range: whether weights get 7 bits.
+        ranges: scales and zero points that a training has learned. The graph is then left as it was trained.
+
+    Raises:
+        VerificationError: this is not a graph that can be quantized.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        feeds: Sequence[NDArray[Any]],
+        profile: Profile,
+        *,
+        reduce_range: bool,
+        ranges: Ranges | None = None,
+    ) -> None:
+        import onnx
+
+        self.path = path
+        self.profile = profile
+        self._feeds = feeds
+        self._reduce_range = reduce_range
+        self._learned = dict(ranges or {})
+        self._extremes: dict[CalibrationMethod, Extremes] = {}
+        try:
+            model = onnx.load(path)
+            _name_nodes(model)
+            self.folded = not profile.skip_only and not self._learned and fold_normalisation(model)
+            self._model = onnx.shape_inference.infer_shapes(model)
+        except Exception as error:  # onnx raises what any part of it raises
+            raise _refused(path, error) from error
+
+    def layers(self) -> dict[str, str]:
+        """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
+        kept = set(kept_float(self._model, self.profile))
+        wanted = set(_LAYERS) & set(self.profile.operators)
+        weights = {item.name for item in self._model.graph.initializer}
+        return {
+            node.name: node.input[1].removesuffix(".weight").removeprefix("network.")
+            for node in self._model.graph.node
+            if node.op_type in wanted and node.name not in kept and len(node.input) > 1 and node.input[1] in weights
+        }
+
+    def extremes(self, method: CalibrationMethod) -> Extremes:
+        """The ranges of all activations on the calibration images.
+
+        Raises:
+            VerificationError: the graph cannot be run, or has a value that is not finite.
+        """
+        if method not in self._extremes:
+            self._extremes[method] = self._find_extremes(method)
+        return self._extremes[method]
+
+    def quantize(self, scheme: Scheme, only: str | None = None) -> ModelProto:
+        """The graph in INT8; the same bytes whenever it is made from the same.
+
+        Args:
+            scheme: how.
+            only: quantize nothing but the layer of this name.
+
+        Raises:
+            VerificationError: the quantizer could not be run on this graph, or made one that is not valid.
+        """
+        import onnx
+        from onnxruntime.quantization import CalibrationMethod as Method
+        from onnxruntime.quantization import QDQQuantizer, QuantType, TensorsData
+
+        profile = self.profile
+        types = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8}
+        pairs = {
+            name: (np.array(low, np.float32), np.array(high, np.float32))
+            for name, (low, high) in self.extremes(scheme.calibration).items()
+        }
+        operators, spared = self._layout(scheme.layout)
+        in_fp32 = profile.operators if profile.skip_only else _IN_FP32
+        try:
+            model = onnx.ModelProto()
+            model.CopyFrom(self._model)
+            quantizer = QDQQuantizer(
+                model,
+                profile.per_channel,
+                self._reduce_range,
+                types[profile.weight_type],
+                types[profile.activation_type],
+                TensorsData(Method.MinMax, pairs),
+                [] if only is None else [only],
+                [*kept_float(model, profile), *spared, *scheme.keep, *([FOLDED] if self.folded else [])],
+                list(operators),
+                {
+                    "ActivationSymmetric": profile.symmetric,
+                    "QuantizeBias": not profile.float_bias,
+                    "AddQDQPairToWeight": profile.float_weights,
+                    "TensorQuantOverrides": self._overrides(),
+                    "OpTypesToExcludeOutputQuantization": list(in_fp32),
+                },
+            )
+            quantizer.quantize_model()
+            quantizer.model.topological_sort()
+            model = quantizer.model.model
+            if profile.skip_only:
+                onnx_graph.free_residual_branches(model)
+            onnx_graph.drop_unused_initializers(model)
+            onnx_graph.strip_traces(model)
+            onnx.checker.check_model(model, full_check=True)
+        except Exception as error:  # the quantizer raises what any part of it raises
+            raise _refused(self.path, error) from error
+        return model
+
+    def _overrides(self) -> dict[str, Any]:
+        learned = dict(self._learned)
+        if self.folded:  # a pixel k / 255 becomes the integer k
+            learned[FOLDED] = (1 / 255, -128 if self.profile.activation_type == "int8" else 0)
+        return {
+            name: [
+                {"scale": np.array(scale, np.float32), "zero_point": np.array(zero_point, self.profile.activation_type)}
+            ]
+            for name, (scale, zero_point) in learned.items()
+        }
+
+    def _layout(self, layout: Layout) -> tuple[Sequence[str], list[str]]:
+        """The operators to quantize, and the nodes among them to leave out."""
+        if layout == "all":
+            return self.profile.operators, []
+        weights = {item.name: item for item in self._model.graph.initializer}
+        layers = [node for node in self._model.graph.node if node.name in self.layers()]
+        points = _single_positions(self._model)
+        spared = [
+            node.name
+            for place, node in enumerate(layers)
+            if _groups(node) > 1
+            or (node.op_type == "Conv" and (node.output[0] in points or weights[node.input[1]].dims[1] < 8))
+            or (layout == "late" and place < len(layers) // 2)
+        ]
+        return [name for name in _LAYERS if name in self.profile.operators], spared
+
+    def _find_extremes(self, method: CalibrationMethod) -> Extremes:
+        import onnx
+        from onnxruntime.quantization import CalibrationDataReader, create_calibrator
+        from onnxruntime.quantization import CalibrationMethod as Method
+
+        class One(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self, feed: NDArray[Any]) -> None:
+                self._feed: NDArray[Any] | None = feed
+
+            def get_next(self) -> dict[str, NDArray[Any]] | None:
+                feed, self._feed = self._feed, None
+                return None if feed is None else {"images": feed}
+
+        methods = {"minmax": Method.MinMax, "entropy": Method.Entropy, "percentile": Method.Percentile}
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "plain.onnx"
+            try:
+                onnx.save(self._model, plain)
+                calibrator = create_calibrator(
+                    plain,
+                    list(self.profile.operators),
+                    augmented_model_path=str(Path(folder) / "augmented.onnx"),
+                    calibrate_method=methods[method],
+                    extra_options={"symmetric": self.profile.symmetric and method != "minmax"},
+                )
+                for feed in self._feeds:  # one at a time: histograms of all activations at once fill the memory
+                    calibrator.collect_data(One(feed))
+                found = calibrator.compute_data()
+            except Exception as error:  # the calibrator raises what any part of it raises
+                raise _refused(self.path, error) from error
+        extremes = {name: (float(np.min(e.lowest)), float(np.max(e.highest))) for name, e in found.items()}
+        for name, (low, high) in extremes.items():
+            if not np.isfinite([low, high]).all():
+                what = f"this graph cannot be quantized: the values of {name} are not finite"
+                raise VerificationError(what, where=str(self.path))
+        return extremes
+
+
+def kept_float(model: ModelProto, profile: Profile) -> list[str]:
+    """The names of the nodes that a profile leaves in float: layers too small, and an Add that is not of two tensors.
+
+    Args:
+        model: an fp32 `onnx.ModelProto`.
+        profile: the scheme.
+    """
+    if not profile.skip_only:
+        return []
+    shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
+    images = {value.name for value in model.graph.input}
+    kept = []
+    for node in model.graph.node:
+        weight = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
+        first = node.input[:1] != [] and onnx_graph.reads_image(model, node.input[0], images)
+        match node.op_type:
+            case "Add":
+                quantized = not any(name in shapes for name in node.input)
+            case "Conv" | "ConvTranspose" | "Gemm" | "MatMul":
+                size = onnx_graph.layer_size(node, weight)
+                quantized = size is not None and profile.quantizes(
+                    *size[:2], kernel=size[2], groups=size[3], first=first
+                )
+            case _:
+                quantized = True
+        if not quantized:
+            kept.append(node.name)
+    return kept
+
+
+def _name_nodes(model: ModelProto) -> None:
+    """Names the nodes that have none, so that each can be spoken of."""
+    taken = {node.name for node in model.graph.node}
+    for number, node in enumerate(model.graph.node):
+        if not node.name:
+            name = f"{node.op_type}_{number}"
+            node.name = name if name not in taken else f"{name}_unnamed"
+
+
+def _groups(node: NodeProto) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "group"), 1)
+
+
+def _single_positions(model: ModelProto) -> set[str]:
+    """The tensors of one row and one column: what a squeeze-and-excitation looks at."""
+    found = set()
+    for value in model.graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 4 and dims[2].dim_value == dims[3].dim_value == 1:
+            found.add(value.name)
+    return found
+
+
+def _refused(path: Path, error: Exception) -> VerificationError:
+    return VerificationError(f"this graph cannot be quantized: {first_line(error)}", where=str(path))
