@@ -23,11 +23,13 @@ from kdcompress.data import Splits, TrainLoader, build_views, eval_batches, load
 from kdcompress.discovery import check_options
 from kdcompress.display import open_display
 from kdcompress.evaluate import evaluate
+from kdcompress.execution import Execution
 from kdcompress.init import initialise, resolve_init
 from kdcompress.latency import describe_machine, versions
+from kdcompress.live_teachers import LiveTeachers
 from kdcompress.methods.base import Method, find_method
 from kdcompress.models import build_network
-from kdcompress.networks import LiveTeachers, Student, Teacher, TeacherEnsemble
+from kdcompress.networks import Student, Teacher, TeacherEnsemble
 from kdcompress.optim import Optimisation
 from kdcompress.pipeline._teachers import open_teacher, read_checkpoints, sample_of
 from kdcompress.recipe import TeacherSection
@@ -123,7 +125,7 @@ def main() -> None:
             out=chosen.runs / f"{chosen.init}-seed{seed}",
             display=open_display(),
             seed=seed,
-            precision=chosen.precision,
+            execution=Execution(chosen.precision),
             heldout=splits.holdout,
             resume=True,
         )

@@ -30,9 +30,10 @@ from kdcompress.data import CropFlip, MemorySet, Split, TrainLoader
 from kdcompress.discovery import check_options
 from kdcompress.files import atomic_write
 from kdcompress.latency import describe_machine, versions
+from kdcompress.live_teachers import LiveTeachers
 from kdcompress.methods.base import find_method
 from kdcompress.models import build_network
-from kdcompress.networks import LiveTeachers, Student, Teacher, TeacherEnsemble
+from kdcompress.networks import Student, Teacher, TeacherEnsemble
 from kdcompress.optim import Optimisation
 from kdcompress.teacher_cache import CPU_BLOCK, open_cache
 from kdcompress.training_step import Precision, Run

@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from kdcompress.bundle import Bundle, Preprocess, Resize, read_safetensors, write_bundle, write_safetensors
 from kdcompress.errors import BundleError, CheckpointError, ShapeError, unknown_name
-from kdcompress.losses import global_average
 from kdcompress.models import build_network
 from kdcompress.resizing import cover_and_cut
 from kdcompress.taps import Tapped, eval_mode, find_classifier, find_stages, split_head
 from kdcompress.teachers import LoadedCheckpoint, build_from, load_checkpoint
 from kdcompress.teachers.preprocessing import PreprocessingFit, measure_preprocessing
 from kdcompress.types import (
-    Batch,
     EnsembleOutputs,
     FeatureForm,
     FeatureShape,
@@ -186,14 +184,20 @@ class Teacher(nn.Module):
         Raises:
             ShapeError: the images have another number of channels.
         """
-        logits, features = self.tapped(self.normalise(_fitted(images, self.preprocess)))
+        logits, features = self.tapped(self._normalised(images))
         return Outputs(logits, features)
 
     def predict(self, images: Images) -> Logits:
         """Logits of images in [0, 1], without gradient: a `Predictor`."""
         with torch.no_grad():
-            logits: Tensor = self.network(self.normalise(_fitted(images, self.preprocess)))
+            logits: Tensor = self.network(self._normalised(images))
         return logits
+
+    def _normalised(self, images: Images) -> Tensor:
+        """What the network takes, in the precision of its weights."""
+        normalised: Tensor = self.normalise(_fitted(images, self.preprocess))
+        weight = next(self.network.parameters(), normalised)
+        return normalised.to(weight.dtype)
 
 
 class TeacherEnsemble(nn.Module):
@@ -242,33 +246,6 @@ class TeacherEnsemble(nn.Module):
 def log_mean_probability(logits: Tensor) -> Tensor:
     """`batch teachers classes` -> `batch classes`: the log of the probabilities' mean over the teachers, in fp32."""
     return logits.float().log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
-
-
-ALL_MAPS: Mapping[str, FeatureForm] = {"*": "map"}
-"""Every feature map of every teacher, whole."""
-
-
-class LiveTeachers:
-    """A `TeacherSource` that asks the networks themselves, without gradient.
-
-    Args:
-        ensemble: the teachers.
-        features: the feature maps that are wanted, and their form: `Needs.teacher_features`.
-    """
-
-    def __init__(self, ensemble: TeacherEnsemble, features: Mapping[str, FeatureForm] = ALL_MAPS) -> None:
-        self.ensemble = ensemble
-        self.forms = tuple(feature_forms(tuple(one.feature_shapes), features) for one in ensemble.teachers)
-
-    def __call__(self, batch: Batch) -> EnsembleOutputs:
-        """What each teacher says of a batch."""
-        with torch.no_grad():
-            outputs: EnsembleOutputs = self.ensemble(batch.images)
-            features = tuple(
-                {name: global_average(maps[name]) if form == "pooled" else maps[name] for name, form in forms.items()}
-                for maps, forms in zip(outputs.features, self.forms, strict=True)
-            )
-        return EnsembleOutputs(outputs.logits, features, outputs.teacher_ids)
 
 
 def feature_forms(stages: Sequence[str], wanted: Mapping[str, FeatureForm]) -> dict[str, FeatureForm]:

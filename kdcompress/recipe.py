@@ -95,7 +95,8 @@ class TrainSection(Section):
     `ema` is the decay of the exponential moving average of the weights, 0 for none; `clip_norm` bounds the
     gradient's norm; `checkpoint_minutes` is the longest time between two saved states. Where a method asks for each
     student's own trained copy, it is trained on labels for `pretrain_epochs` (not given: as many as `epochs`) at
-    `pretrain_lr` first.
+    `pretrain_lr` first. What `precision`, `channels_last` and `compile` leave to "auto" is measured on this machine
+    before a training that takes more than a minute; the run's recipe has what was found.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 60
@@ -113,10 +114,25 @@ class TrainSection(Section):
     ema: Fraction = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
+    compile: Literal["auto"] | bool = "auto"
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
     pretrain_epochs: Annotated[int, Field(ge=1)] | None = None
     pretrain_lr: Annotated[float, Field(gt=0)] | None = None
+
+
+class EnsembleSection(Section):
+    """How the teachers are asked. `precision`, `channels_last` and `compile` are found as those of the student are.
+
+    `teachers_per_step` 1 asks one teacher about each batch, drawn at random, for methods whose gradient is the same on
+    average.
+    """
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
+    compile: Literal["auto"] | bool = "auto"
+    teachers_per_step: Literal["all", 1] = "all"
 
 
 class CacheSection(Section):
@@ -148,6 +164,7 @@ class Recipe(Section):
     students: tuple[StudentSection, ...] = ()
     method: MethodSection = MethodSection()
     train: TrainSection = TrainSection()
+    ensemble: EnsembleSection = EnsembleSection()
     cache: CacheSection = CacheSection()
 
     @property

@@ -19,12 +19,13 @@ from kdcompress.data import Split, TrainLoader, eval_batches
 from kdcompress.display import Display, RunLog
 from kdcompress.errors import InterruptedRunError, NonFiniteError, OutputError, VerificationError
 from kdcompress.evaluate import evaluate
+from kdcompress.execution import PLAIN, Execution
 from kdcompress.heldout import HeldOut
 from kdcompress.methods.base import Method
 from kdcompress.networks import Student
 from kdcompress.optim import Optimisation
 from kdcompress.training_session import Interrupts, Session
-from kdcompress.training_step import EpochResult, Precision, Run, SelfTeacher
+from kdcompress.training_step import EpochResult, Run, SelfTeacher
 from kdcompress.types import Batch, Images, Logits, Outputs, TeacherSource
 
 LOG = "log.jsonl"
@@ -58,7 +59,7 @@ def train(
     display: Display,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
+    execution: Execution = PLAIN,
     heldout: Split | None = None,
     heldout_teachers: TeacherSource | None = None,
     val: Split | None = None,
@@ -80,7 +81,7 @@ def train(
         display: where progress is shown; entered here.
         seed: of whatever is drawn in a step (dropout …).
         device: where to train. The teachers are where their source put them.
-        precision: of the networks' passes; losses are always fp32. fp16 scales the loss.
+        execution: of the students; losses are always fp32. fp16 scales the loss.
         heldout: images for `Method.refit` at the start of each epoch; None for no refitting.
         heldout_teachers: answers for held-out batches, where those come from elsewhere than `teachers`.
         val: images whose accuracy is measured after each epoch.
@@ -100,7 +101,7 @@ def train(
     last = out / LAST
     if last.exists() and not resume:
         raise OutputError(f"{out} already holds a run", where=str(last), fix="--resume, or another folder")
-    run = Run(students, methods, optimisation, device, precision, loader.num_steps, epochs * loader.num_steps, seed)
+    run = Run(students, methods, optimisation, device, execution, loader.num_steps, epochs * loader.num_steps, seed)
     settings: dict[str, Setting] = {
         "students": ", ".join(student.arch for student in students),
         "parameters": sum(parameter.numel() for student in students for parameter in student.parameters()),
@@ -108,7 +109,7 @@ def train(
         "seed": seed,
         "batch size": loader.batch_size,
         "steps per epoch": loader.num_steps,
-        "precision": precision,
+        "execution": execution.describe(),
         **asdict(optimisation),
         **(identity or {}),
     }

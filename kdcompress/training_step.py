@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from kdcompress.balance import Balancer
 from kdcompress.checkpoint import not_finite, seed_step
 from kdcompress.errors import InputError, NonFiniteError
+from kdcompress.execution import Execution, autocast
 from kdcompress.ledger import Ledger
 from kdcompress.methods.base import Method
 from kdcompress.networks import Student
 from kdcompress.optim import Optimisation, WeightAverage, build_optimizer, learning_rate, parameter_groups
 from kdcompress.types import Batch, EnsembleOutputs, Images, LossTerms, Outputs, Share, Step, TeacherSource
 
-Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 SelfTeacher: TypeAlias = Callable[[Images], Outputs]
 """A student's own pre-trained copy, frozen."""
 
@@ -54,17 +54,20 @@ class Run:
         methods: Sequence[Method],
         optimisation: Optimisation,
         device: torch.device,
-        precision: Precision,
+        execution: Execution,
         steps_per_epoch: int,
         num_steps: int,
         seed: int,
     ) -> None:
-        self.students = [student.to(device) for student in students]
+        self.execution = execution
+        self.students = [student.to(device).to(memory_format=execution.memory_format) for student in students]
+        self._forwards: list[Callable[[Images], Outputs]] = [
+            torch.compile(student, dynamic=False) if execution.compiled else student for student in self.students
+        ]
         self.methods = [method.to(device) for method in methods]
         self.optimisation = optimisation
         self.device = device
         self.steps_per_epoch = steps_per_epoch
-        self.precision = precision
         self.num_steps = num_steps
         self.num_warmup_steps = min(round(optimisation.warmup_epochs * steps_per_epoch), num_steps // 2)
         self.seed = seed
@@ -72,7 +75,7 @@ class Run:
             build_optimizer(parameter_groups(student, method, optimisation.weight_decay), optimisation, device)
             for student, method in zip(self.students, self.methods, strict=True)
         ]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=execution.precision == "fp16")
         self.balancers = [Balancer(student.backbone_parameters()) for student in self.students]
         decay = optimisation.ema
         self.averages = [WeightAverage(student, decay) for student in self.students] if decay else []
@@ -108,24 +111,21 @@ class Run:
             module.eval()
 
     def autocast(self) -> torch.autocast:
-        """Where the networks run; the losses do not."""
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
+        """Where the students run; the losses do not."""
+        return autocast(self.device, self.execution.precision)
 
     def ask(self, images: Images) -> list[Outputs]:
-        """What each student says."""
+        """What each student says. A compiled one answers in training only: other batches have other sizes."""
         with self.autocast():
-            return [_full_precision(student(images)) for student in self.students]
+            return [
+                _full_precision(forward(images) if student.training else student(images))
+                for student, forward in zip(self.students, self._forwards, strict=True)
+            ]
 
     @torch.no_grad()
     def ask_teachers(self, batch: Batch, teachers: TeacherSource | None) -> EnsembleOutputs | None:
         """What the teachers say."""
-        if teachers is None:
-            return None
-        with self.autocast():
-            answer = teachers(batch)
-        features = tuple({name: value.float() for name, value in maps.items()} for maps in answer.features)
-        return EnsembleOutputs(answer.logits.float(), features, answer.teacher_ids)
+        return None if teachers is None else teachers(batch)
 
     @torch.no_grad()
     def ask_self_teachers(

@@ -179,6 +179,8 @@ class Needs:
         weights: what the weights of the teachers come from. "training labels" is refused on images that the teachers
             were trained on: there it learns who memorised best.
         mixup_allowed: whether mixed images keep their meaning here.
+        teachers_may_be_sampled: whether the gradient is the same on average when each batch hears one teacher, drawn
+            at random, in the place of all.
         students: least and largest number of students trained together.
     """
 
@@ -192,6 +194,7 @@ class Needs:
     heldout: bool = False
     weights: WeightSource = "fixed"
     mixup_allowed: bool = True
+    teachers_may_be_sampled: bool = False
     students: tuple[int, int] = (1, 1)
 
 

@@ -13,7 +13,10 @@ from rich.console import Console
 
 from kdcompress.data import NoViews, Split, TrainLoader
 from kdcompress.display import format_seconds
-from kdcompress.networks import LiveTeachers, TeacherEnsemble
+from kdcompress.execution import Execution
+from kdcompress.live_teachers import LiveTeachers
+from kdcompress.networks import TeacherEnsemble
+from kdcompress.pipeline._execution import block_of, teacher_execution, teachers_per_step
 from kdcompress.pipeline._parts import Parts, choose_device
 from kdcompress.pipeline._teachers import open_teacher, read_checkpoints
 from kdcompress.recipe import TeacherSection
@@ -64,6 +67,7 @@ class TeacherFiles:
         sections: what the resolved recipe says of them.
         image_shape: of the data.
         features: the feature maps that the method wants.
+        execution: how they are run.
         device: where they answer.
     """
 
@@ -73,12 +77,14 @@ class TeacherFiles:
         sections: Sequence[TeacherSection],
         image_shape: FeatureShape,
         features: Mapping[str, FeatureForm],
+        execution: Execution,
         device: torch.device,
     ) -> None:
         self._ensemble: TeacherEnsemble | None = ensemble
         self._sections = sections
         self._image_shape = image_shape
         self._features = features
+        self._execution = execution
         self._device = device
 
     def __call__(self) -> TeacherSource:
@@ -92,7 +98,7 @@ class TeacherFiles:
                     for number, (section, checkpoint) in enumerate(found, start=1)
                 ]
             )
-        return LiveTeachers(ensemble, self._features)
+        return LiveTeachers(ensemble, self._features, self._execution, block=block_of(self._device))
 
     def let_go(self) -> None:
         """Forgets the teachers in memory."""
@@ -111,12 +117,16 @@ def open_answers(parts: Parts, speak: Console) -> Answers:
     features = parts.needs.teacher_features
     teachers = [one.teacher for one in parts.teachers]
     ensemble = TeacherEnsemble(teachers)
+    execution = teacher_execution(parts.recipe.ensemble)
     if not parts.recipe.cache.enabled:
-        live = LiveTeachers(ensemble, features)
+        block = parts.loader.batch_size
+        live = LiveTeachers(ensemble, features, execution, block=block)
+        if per_step := teachers_per_step(parts.recipe.ensemble):
+            return Answers(LiveTeachers(ensemble, features, execution, per_step=per_step, block=block), live)
         return Answers(live, live)
     settings, splits = parts.recipe.cache, parts.splits
     device = choose_device(parts.recipe.train.device)
-    files = TeacherFiles(ensemble, parts.recipe.teachers, splits.image_shape, features, device)
+    files = TeacherFiles(ensemble, parts.recipe.teachers, splits.image_shape, features, execution, device)
 
     def cache_of(loader: TrainLoader) -> CachedTeachers:
         return open_cache(
@@ -130,6 +140,7 @@ def open_answers(parts: Parts, speak: Console) -> Answers:
             open_teachers=files,
             tell=lambda text: speak.print(f"note: {text}"),
             top_k=settings.top_k,
+            precision=execution.precision,
         )
 
     training = cache_of(parts.loader)

@@ -21,8 +21,9 @@ from kdcompress.headroom import Headroom
 from kdcompress.init import InitDecision, InitReport, initialise, names_file, resolve_init
 from kdcompress.methods.base import Method, find_method
 from kdcompress.models import build_network, published_weights
-from kdcompress.networks import Student
+from kdcompress.networks import Student, TeacherEnsemble
 from kdcompress.pipeline._describe import describe_splits, describe_teacher, exam_table
+from kdcompress.pipeline._execution import choose_execution, require_sampling
 from kdcompress.pipeline._teachers import (
     Exam,
     OpenedTeacher,
@@ -175,6 +176,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
     if asked.data.mixup_alpha and not needs.mixup_allowed:
         raise RecipeError(f"{asked.method.name} cannot learn from mixed images", where="data.mixup_alpha", fix="0")
     require_students(asked, needs)
+    require_sampling(asked, needs)
 
     if materials is None:
         materials = open_materials(asked, speak)
@@ -247,6 +249,9 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
         headroom=asdict(headroom) if headroom else {},
     )
     loader = build_loader(recipe, splits, cached=bool(asked_teachers) and recipe.cache.enabled)
+    ensemble = TeacherEnsemble([one.teacher for one in asked_teachers]) if asked_teachers else None
+    students = [one.student for one in started]
+    recipe = choose_execution(recipe, students, ensemble, needs, loader, choose_device(asked.train.device), speak)
     return Parts(recipe, splits, opened, started, methods, needs, loader, facts)
 
 

@@ -21,6 +21,7 @@ from kdcompress.methods.supervised import Supervised
 from kdcompress.networks import Teacher, save_student
 from kdcompress.optim import Optimisation
 from kdcompress.pipeline._answers import Answers, open_answers
+from kdcompress.pipeline._execution import student_execution
 from kdcompress.pipeline._parts import Materials, Parts, choose_device, prepare, with_whole_paths
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
 from kdcompress.recipe import Recipe, build_recipe, differences, merge, read_recipe, write_recipe
@@ -208,7 +209,7 @@ def run_training(
     same: dict[str, Any] = {
         "seed": parts.recipe.seed,
         "device": choose_device(settings.device),
-        "precision": settings.precision,
+        "execution": student_execution(settings),
         "val": splits.val,
         "identity": {
             "data": splits.digest,

@@ -16,6 +16,7 @@ from torch import nn
 
 from kdcompress.data import Split, Views, content_digest
 from kdcompress.errors import InputError, OutputError, RunError, unknown_name
+from kdcompress.execution import Precision
 from kdcompress.files import output_error
 from kdcompress.networks import Teacher, feature_forms
 from kdcompress.teacher_cache._source import CachedTeachers
@@ -45,6 +46,7 @@ def open_cache(
     open_teachers: Callable[[], TeacherSource],
     tell: Callable[[str], None],
     top_k: int | None = None,
+    precision: Precision = "fp32",
 ) -> CachedTeachers:
     """The cache of what these teachers say of these views of these images; an empty one if there is none yet.
 
@@ -61,6 +63,7 @@ def open_cache(
         open_teachers: gives the source that is asked for what is missing.
         tell: takes a sentence that the user should read.
         top_k: as for `RowLayout.choose`.
+        precision: in which the teachers answer.
 
     Raises:
         OutputError: the folder cannot be written to.
@@ -79,7 +82,7 @@ def open_cache(
     layout = RowLayout.choose(len(teachers), teachers[0].num_classes, tuple(shapes), top_k)
     content = {
         "teachers": [describe_teacher(teacher) for teacher in teachers],
-        "precision": "fp32",
+        "precision": precision,
         "data": content_digest(split.images),
         "num_images": len(split.images),
         "views": views.key(),

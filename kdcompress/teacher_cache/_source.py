@@ -47,7 +47,7 @@ class Survey:
 class CachedTeachers:
     """Reads rows; what is missing or damaged is asked of the networks, stored, and read like the rest.
 
-    The networks are asked in fp32, whatever the training's precision, so that one cache serves every run.
+    The networks answer in their own precision, whatever the student's.
 
     Args:
         store: the rows.

@@ -9,9 +9,10 @@ import torch
 
 from kdcompress.bundle import Preprocess
 from kdcompress.data import TrainLoader, build_views, load_splits
+from kdcompress.live_teachers import LiveTeachers
 from kdcompress.methods.base import find_method, list_methods
 from kdcompress.models import build_network
-from kdcompress.networks import LiveTeachers, Student, Teacher, TeacherEnsemble
+from kdcompress.networks import Student, Teacher, TeacherEnsemble
 from kdcompress.optim import Optimisation
 from kdcompress.train import train
 from kdcompress.types import NetworkShapes

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kdcompress.execution import Execution, Precision
 from kdcompress.optim import Optimisation
-from kdcompress.training_step import Precision, Run
+from kdcompress.training_step import Run
 from tests.unit.tiny import Everything, TinyTeachers, tiny_loader, tiny_student
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -15,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_a_step_does_not_wait_for_the_device(precision: Precision, optimizer: str) -> None:
     device = torch.device("cuda")
     settings = Optimisation(optimizer=optimizer, lr=0.01, clip_norm=1.0, ema=0.9)
-    run = Run([tiny_student()], [Everything()], settings, device, precision, 7, 21, 0)
+    run = Run([tiny_student()], [Everything()], settings, device, Execution(precision), 7, 21, 0)
     teachers = TinyTeachers(device)
     batches = [batch.to(device) for batch in tiny_loader().epoch(0)]
     run.train_mode()

@@ -3,6 +3,7 @@
 import torch
 
 from kdcompress.data import eval_batches
+from kdcompress.execution import Execution
 from kdcompress.heldout import HeldOut
 from kdcompress.optim import Optimisation
 from kdcompress.training_step import Run
@@ -18,7 +19,7 @@ class Keeping(Everything):
 def test_each_method_gets_its_student_its_peers_and_its_own_copy_for_all_images() -> None:
     students, copies = [tiny_student(seed).eval() for seed in (0, 1)], [tiny_student(seed).eval() for seed in (2, 3)]
     methods = [Keeping(seed) for seed in (0, 1)]
-    run = Run(students, methods, Optimisation(), torch.device("cpu"), "fp32", 5, 10, 0)
+    run = Run(students, methods, Optimisation(), torch.device("cpu"), Execution(), 5, 10, 0)
     split, teachers = tiny_images(600), TinyTeachers()
     exam = HeldOut(split, run, teachers, copies)
     stops: list[int] = []

@@ -20,7 +20,6 @@ from kdcompress.bundle import Preprocess, read_bundle
 from kdcompress.errors import BundleError, CheckpointError, InputError, OutputError, ShapeError
 from kdcompress.models import build_network
 from kdcompress.networks import (
-    LiveTeachers,
     Student,
     Teacher,
     TeacherEnsemble,
@@ -137,30 +136,6 @@ def test_teachers_of_different_tasks_are_refused() -> None:
         TeacherEnsemble([cats, one, teacher(classes=("ant", "cat", "bee", "dog"))])
     with pytest.raises(ShapeError, match="no teachers"):
         TeacherEnsemble([])
-
-
-def test_live_teachers_answer_without_gradient() -> None:
-    ensemble = TeacherEnsemble([teacher(), teacher()])
-    images = torch.rand(3, 3, 8, 8, requires_grad=True)
-    outputs = LiveTeachers(ensemble)(batch(images))
-    assert not outputs.logits.requires_grad
-    assert not outputs.logits.is_inference()
-    assert torch.equal(outputs.logits, ensemble(images).logits)
-
-
-def test_live_teachers_send_the_maps_that_are_wanted_in_the_form_wanted() -> None:
-    ensemble = TeacherEnsemble([teacher(), teacher("vgg8")])
-    images = torch.rand(3, 3, 8, 8)
-    whole = ensemble(images).features
-    assert [dict(maps) for maps in LiveTeachers(ensemble, {})(batch(images)).features] == [{}, {}]
-    everything = LiveTeachers(ensemble)(batch(images)).features
-    assert [list(maps) for maps in everything] == [list(maps) for maps in whole]
-    pooled = LiveTeachers(ensemble, {"last": "pooled", "stage1": "map"})(batch(images)).features
-    for maps, expected in zip(pooled, whole, strict=True):
-        last = list(expected)[-1]
-        assert set(maps) == {"stage1", last}
-        torch.testing.assert_close(maps["stage1"], expected["stage1"])
-        torch.testing.assert_close(maps[last], F.adaptive_avg_pool2d(expected[last], 1))
 
 
 def test_the_names_of_wanted_maps() -> None:

@@ -28,6 +28,7 @@ from kdcompress.errors import (
     RunError,
 )
 from kdcompress.evaluate import evaluate
+from kdcompress.execution import Execution, Precision
 from kdcompress.networks import Student
 from kdcompress.optim import Optimisation, learning_rate
 from kdcompress.train import TrainResult, train
@@ -302,7 +303,7 @@ def test_clipping_bounds_the_first_update(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_losses_are_full_precision_under_autocast(tmp_path: Path, precision: str) -> None:
+def test_losses_are_full_precision_under_autocast(tmp_path: Path, precision: Precision) -> None:
     seen: list[Step] = []
 
     class Watching(Everything):
@@ -320,7 +321,7 @@ def test_losses_are_full_precision_under_autocast(tmp_path: Path, precision: str
         optimisation=Optimisation(lr=0.1, clip_norm=1.0),
         out=tmp_path,
         display=quiet(),
-        precision=precision,
+        execution=Execution(precision),
         val=tiny_images(50, seed=2),
     )
     step = seen[0]

@@ -11,7 +11,8 @@ import torch
 
 from kdcompress.bundle import Preprocess
 from kdcompress.data import CropFlip, Split, TrainLoader, Views
-from kdcompress.networks import LiveTeachers, Teacher, TeacherEnsemble
+from kdcompress.live_teachers import LiveTeachers
+from kdcompress.networks import Teacher, TeacherEnsemble
 from kdcompress.teacher_cache import CachedTeachers, open_cache
 from kdcompress.types import Batch, EnsembleOutputs, FeatureForm
 from tests.unit.tiny import CPU, NUM_CLASSES, TinyNetwork, tiny_images
