@@ -9,6 +9,7 @@ import torch
 
 from kdcompress.bundle import Preprocess
 from kdcompress.data import MemorySet, NoViews, Split, TrainLoader
+from kdcompress.execution import PLAIN
 from kdcompress.models import build_network
 from kdcompress.networks import TeacherEnsemble
 from kdcompress.pipeline._answers import TeacherFiles, fills_first
@@ -43,7 +44,7 @@ def open_files(folder: Path) -> tuple[TeacherEnsemble, TeacherFiles]:
             for number, section in enumerate(sections, start=1)
         ]
     )
-    return ensemble, TeacherFiles(ensemble, sections, (1, 8, 8), {"last": "pooled"}, CPU)
+    return ensemble, TeacherFiles(ensemble, sections, (1, 8, 8), {"last": "pooled"}, PLAIN, CPU)
 
 
 def test_teachers_that_were_let_go_are_opened_again_for_what_is_damaged(tmp_path: Path) -> None:
