@@ -43,7 +43,8 @@ class FloatModel:
         feeds: batches of calibration images as the file takes them; read once for each way of calibrating.
         profile: the runtime that the INT8 graphs are for.
         reduce_range: whether weights get 7 bits.
-        ranges: scales and zero points that a training has learned. The graph is then left as it was trained.
+        ranges: scales and zero points that a training has learned.
+        fold: move the normalisation into the first convolution, where the runtime gains by it (`_fold`).
 
     Raises:
         VerificationError: this is not a graph that can be quantized.
@@ -57,6 +58,7 @@ class FloatModel:
         *,
         reduce_range: bool,
         ranges: Ranges | None = None,
+        fold: bool = False,
     ) -> None:
         import onnx
 
@@ -69,7 +71,7 @@ class FloatModel:
         try:
             model = onnx.load(path)
             _name_nodes(model)
-            self.folded = not profile.skip_only and not self._learned and fold_normalisation(model)
+            self.folded = fold and not profile.skip_only and fold_normalisation(model)
             self._model = onnx.shape_inference.infer_shapes(model)
         except Exception as error:  # onnx raises what any part of it raises
             raise _refused(path, error) from error

@@ -64,7 +64,14 @@ class Int8Source:
         self._reduce_range = profile.reduces_range(instruction_sets())
         feeds = list(batches(self._calibration, bundle.interface))
         with quiet():
-            self._model = FloatModel(bundle.model_path, feeds, profile, reduce_range=self._reduce_range, ranges=ranges)
+            self._model = FloatModel(
+                bundle.model_path,
+                feeds,
+                profile,
+                reduce_range=self._reduce_range,
+                ranges=ranges,
+                fold=not ranges,  # a graph with learned ranges stays as it was trained
+            )
 
     def layers(self) -> dict[str, str]:
         """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
@@ -207,7 +214,7 @@ def quantize_model(
     ranges: Ranges | None = None,
     interface: Interface = PLAIN,
 ) -> ModelProto:
-    """Quantizes an ONNX file that belongs to no bundle.
+    """Quantizes an ONNX file that belongs to no bundle, its operators and weights as they are.
 
     Args:
         path: an fp32 ONNX file with the input `images`.
