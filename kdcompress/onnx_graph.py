@@ -42,10 +42,10 @@ def keep_global_pooling(model: ModelProto) -> None:
     """
     from onnx import helper
 
-    ranks = _ranks(model)
+    rank_of = ranks(model)
     constants = _constants(model)
     for node in list(model.graph.node):
-        if node.op_type != "ReduceMean" or ranks.get(node.input[0]) != 4:
+        if node.op_type != "ReduceMean" or rank_of.get(node.input[0]) != 4:
             continue
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         axes = constants.get(node.input[1]) if len(node.input) > 1 else attributes.get("axes")
@@ -303,7 +303,8 @@ def _inferred(model: ModelProto) -> Any:
     return [*graph.value_info, *graph.input, *graph.output]
 
 
-def _ranks(model: ModelProto) -> dict[str, int]:
+def ranks(model: ModelProto) -> dict[str, int]:
+    """Tensor -> number of dimensions, as far as it can be inferred."""
     return {value.name: len(value.type.tensor_type.shape.dim) for value in _inferred(model)}
 
 

@@ -26,6 +26,7 @@ ORDER = (
     "report",
     "evaluate",
     "inspect",
+    "lint",
     "ls",
     "show",
     "doctor",

@@ -75,10 +75,10 @@ def test_ls_lists_what_show_and_the_flags_take(what: str, shop: Shop) -> None:
             path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in (ROOT / "recipes").rglob("*.yaml")
         },
         "targets": {"onnx"},
-        "profiles": {"ort-x86", "ort-arm"},
+        "profiles": {"ort-x86", "ort-arm", "trt8.5", "trt8.6", "trt10.3", "trt10.13", "trt11", "trt", "jetson-orin"},
     }
     assert expected[what] <= set(names)
-    if what in ("methods", "weightings", "recipes"):
+    if what in ("methods", "weightings", "recipes", "profiles"):
         for name in names:
             assert len(shop.must("show", name).splitlines()) > 5
 

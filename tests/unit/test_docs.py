@@ -23,6 +23,11 @@ def test_the_page_of_the_methods_is_up_to_date() -> None:
     assert (DOCS / "methods.md").read_text(encoding="utf-8") == written, "python docs/write_methods.py"
 
 
+def test_the_page_of_the_linter_is_up_to_date() -> None:
+    written = runpy.run_path(str(DOCS / "write_lint.py"))["page"]()
+    assert (DOCS / "lint.md").read_text(encoding="utf-8") == written, "python docs/write_lint.py"
+
+
 def test_the_example_of_a_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (DOCS / "adding-a-method.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

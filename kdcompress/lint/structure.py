@@ -1,0 +1,178 @@
+"""Rules on the file and its operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from kdcompress.lint.base import Graph, Place, name_of, rule
+from kdcompress.onnx_file import ONE_FILE_BYTES, one_line, side_file, tensors
+from kdcompress.profiles import Profile, Runtime
+
+_STANDARD = frozenset({"", "ai.onnx"})
+_DOMAINS: dict[Runtime, frozenset[str]] = {
+    "onnxruntime": frozenset({*_STANDARD, "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"}),
+    "tensorrt": _STANDARD,
+    "openvino": frozenset({*_STANDARD, "com.microsoft", "org.openvinotoolkit"}),
+}
+_NOT_IN_TENSORRT = frozenset(
+    (
+        *("AffineGrid", "Bernoulli", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Col2Im"),
+        *("CenterCropPad", "Compress", "ConcatFromSequence", "ConvInteger", "DFT", "Det", "DynamicQuantizeLinear"),
+        *("ImageDecoder", "MatMulInteger", "MaxRoiPool", "MaxUnpool", "MelWeightMatrix", "Multinomial"),
+        *("NegativeLogLikelihoodLoss", "Optional", "OptionalGetElement", "OptionalHasElement", "QLinearConv"),
+        *("QLinearMatMul", "RegexFullMatch", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase"),
+        *("SequenceInsert", "SequenceLength", "SequenceMap", "SoftmaxCrossEntropyLoss", "SplitToSequence"),
+        *("StringConcat", "StringNormalizer", "StringSplit", "TfIdfVectorizer", "Unique"),
+    )
+)
+"""By the list of operators of TensorRT 10.15's ONNX parser."""
+
+
+@rule("error")
+def types_do_not_fit(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """An operator gets numbers of types or shapes that ONNX does not allow together, such as fp16 weights and float32.
+
+    Why: a runtime refuses the file when it loads it. A graph is not fp16 by having fp16 weights: each change of type
+    needs a Cast.
+    Do: convert from float32 again (`kdcompress quantize --fp16`), which writes the Casts.
+    """
+    import onnx
+
+    try:
+        onnx.shape_inference.infer_shapes(graph.model, check_type=True, strict_mode=True, data_prop=True)
+    except Exception as error:  # InferenceError, and what a strange graph makes of it
+        yield "", one_line(error)
+
+
+@rule("error")
+def opset_too_new(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """The file is of a newer opset than this version of the runtime reads.
+
+    Why: its parser refuses the file or, worse, reads an operator with its old meaning.
+    Do: export with `kdcompress export --onnx --for PROFILE`, or --opset N.
+    """
+    if graph.opset > profile.newest_opset:
+        yield "", f"opset {graph.opset}, {profile.runtime} {profile.version} reads up to {profile.newest_opset}"
+
+
+@rule("error")
+def opset_too_old(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """Q/DQ pairs in an opset in which they have no axis, or fp16 scales in one that has none.
+
+    Why: scales for each channel came with opset 13, scales in fp16 with 19.
+    Do: raise the opset (`onnx.version_converter`) and quantize again.
+    """
+    from onnx import TensorProto
+
+    if not graph.is_quantized:
+        return
+    halves = any(graph.types.get(node.input[1]) == TensorProto.FLOAT16 for node in graph.quantizers())
+    needed = 19 if halves else 13
+    if graph.opset < needed:
+        yield "", f"opset {graph.opset}, {needed} is needed"
+
+
+@rule("error")
+def unsupported_operator(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """An operator that the runtime does not have.
+
+    Why: the file is refused, or needs a plugin of your own on the device.
+    Do: export again with another form of that layer; QLinear… and com.microsoft operators come from ONNX Runtime's
+    QOperator format or its optimised graphs: quantize to Q/DQ from the file as it was before.
+    """
+    for node in graph.nodes:
+        if node.domain not in _DOMAINS[profile.runtime]:
+            yield name_of(node), f"operator of the domain {node.domain}"
+        elif profile.runtime == "tensorrt" and node.op_type in _NOT_IN_TENSORRT:
+            yield name_of(node), "not in TensorRT"
+
+
+@rule("warning")
+def side_data_file(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """Weights lie in a second file.
+
+    Why: it gets lost on the way to the device, and the model then fails to load; exporters write one even for small
+    networks.
+    Do: load and save it in one piece: `onnx.save(onnx.load("model.onnx"), "one.onnx")`, or `kdcompress export`.
+    """
+    import onnx
+
+    if graph.path is None:
+        return
+    held = onnx.load(str(graph.path), load_external_data=False)
+    names = Counter(side_file(one) for one in tensors(held) if one.data_location == onnx.TensorProto.EXTERNAL)
+    yield from ((name, f"{number} tensors") for name, number in names.items())
+
+
+@rule("error")
+def too_large_for_one_file(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """The weights are more than one ONNX file can hold.
+
+    Why: a protobuf message ends at 2 GiB, so no single file can be made of it.
+    Do: fp16 weights (`kdcompress quantize --fp16`) halve it; or distil a smaller student.
+    """
+    size = graph.model.ByteSize()
+    if size > ONE_FILE_BYTES:
+        yield "", f"{size:,} bytes, at most {ONE_FILE_BYTES:,}"
+
+
+@rule("warning")
+def names_not_unique(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """Nodes without a name, or several of one name.
+
+    Why: layers are kept in a precision, excluded and found in profiles by name; one name for several hits all of them.
+    Do: name them: `for i, node in enumerate(model.graph.node): node.name = f"{node.op_type}_{i}"`.
+    """
+    counts = Counter(node.name for node in graph.nodes)
+    yield from (
+        (name, f"{number} nodes {'of this name' if name else 'without a name'}")
+        for name, number in counts.items()
+        if number > 1 or not name
+    )
+
+
+@rule("warning")
+def dynamic_dimension(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """A dimension of the input other than the batch is not fixed.
+
+    Why: engines are built for ranges of each such dimension and are slower in all of them; shape arithmetic stays in
+    the graph and hinders fusion.
+    Do: export at the size that the device gives.
+    """
+    for value in graph.model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in graph.images:
+            free = [str(axis) for axis, dim in enumerate(dims) if axis and not dim.dim_value]
+            if free:
+                yield value.name, f"axis {', '.join(free)} of {len(dims)}"
+
+
+@rule("note")
+def fixed_batch(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """The batch size is fixed.
+
+    Why: nothing else can be asked for; that is right for a camera and wrong for a server.
+    Do: nothing, if it is meant; else export without --batch.
+    """
+    for value in graph.model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in graph.images and dims and dims[0].dim_value:
+            yield value.name, f"batches of {dims[0].dim_value}"
+
+
+@rule("warning")
+def mean_for_pooling(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """A mean over height and width is written as ReduceMean.
+
+    Why: runtimes quantize and fuse GlobalAveragePool; with ReduceMean the tensor goes back to float first. torch's
+    exporter writes it so.
+    Do: `kdcompress export` writes GlobalAveragePool.
+    """
+    for node in graph.nodes if profile.pools_means else ():
+        if node.op_type != "ReduceMean" or graph.ranks.get(node.input[0]) != 4:
+            continue
+        axes = graph.value(node.input[1]) if len(node.input) > 1 else None
+        given = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "axes"), None)
+        if sorted(int(axis) % 4 for axis in (axes if axes is not None else given or ())) == [2, 3]:
+            yield name_of(node), "mean over height and width"

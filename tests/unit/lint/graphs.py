@@ -1,0 +1,64 @@
+"""Real graphs that lint has nothing against, to be broken on purpose."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, numpy_helper
+
+from kdcompress.lint import Finding, lint
+from kdcompress.profiles import Profile, get_profile
+from kdcompress.quantize.fp16 import convert
+from kdcompress.quantize.int8 import quantize_model
+from tests.unit.deployed import digits, onnx_bundle
+
+
+@functools.cache
+def _made(kind: str) -> bytes:
+    """The exported student of the tests: "fp32", "fp16", or "int8" for a profile."""
+    path, images = onnx_bundle().model_path, digits()[0][:32]
+    if kind == "fp32":
+        return path.read_bytes()
+    if kind == "fp16":
+        return convert(path, images)[0].SerializeToString()
+    return quantize_model(path, images, get_profile(kind), reduce_range=False).SerializeToString()
+
+
+def graph(kind: str) -> Any:
+    """A fresh copy of it."""
+    return ModelProto.FromString(_made(kind))
+
+
+def findings(model: Any, profile: str | Profile) -> list[Finding]:
+    """What lint says of a model, read from a file as a user's is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path)
+        return lint(path, profile if isinstance(profile, Profile) else get_profile(profile))
+
+
+def node_of(model: Any, op_type: str, index: int = 0) -> Any:
+    return [node for node in model.graph.node if node.op_type == op_type][index]
+
+
+def constant(model: Any, name: str) -> Any:
+    return numpy_helper.to_array(next(item for item in model.graph.initializer if item.name == name))
+
+
+def set_constant(model: Any, name: str, values: Any) -> None:
+    """Replaces a constant, or adds it."""
+    for item in model.graph.initializer:
+        if item.name == name:
+            model.graph.initializer.remove(item)
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+
+
+def insert(model: Any, before: Any, *nodes: Any) -> None:
+    position = next(index for index, node in enumerate(model.graph.node) if node == before)
+    for offset, node in enumerate(nodes):
+        model.graph.node.insert(position + offset, node)

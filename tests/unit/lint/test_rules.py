@@ -1,0 +1,382 @@
+"""Each rule on a real graph that was broken on purpose, and on the same graph as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from kdcompress.lint import lint, list_rules, structure
+from kdcompress.profiles import get_profile
+from tests.unit.lint.graphs import constant, findings, graph, insert, node_of, set_constant
+
+Break = Callable[[Any], None]
+BROKEN: dict[str, tuple[str, str, Break]] = {}
+
+
+def broken(kind: str, profile: str) -> Callable[[Break], Break]:
+    """The function breaks the rule of its name in a graph of `kind`, for `profile`."""
+
+    def register(function: Break) -> Break:
+        BROKEN[function.__name__.replace("_", "-")] = (kind, profile, function)
+        return function
+
+    return register
+
+
+@broken("fp16", "trt")
+def types_do_not_fit(model: Any) -> None:
+    name = node_of(model, "Conv").input[1]
+    set_constant(model, name, constant(model, name).astype(np.float32))
+
+
+@broken("fp32", "trt8.6")
+def opset_too_new(model: Any) -> None:
+    model.opset_import[0].version = 18
+
+
+@broken("trt", "trt")
+def opset_too_old(model: Any) -> None:
+    model.opset_import[0].version = 12
+    for node in model.graph.node:  # of opset 12, where there is no axis
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Reshape"):
+            del node.attribute[:]
+
+
+@broken("fp32", "trt")
+def unsupported_operator(model: Any) -> None:
+    relu = node_of(model, "Relu")
+    relu.op_type, relu.domain = "QLinearSigmoid", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+@broken("fp32", "ort-x86")
+def names_not_unique(model: Any) -> None:
+    node_of(model, "Conv", 0).name = node_of(model, "Conv", 1).name
+
+
+@broken("fp32", "ort-x86")
+def dynamic_dimension(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+
+
+@broken("fp32", "ort-x86")
+def fixed_batch(model: Any) -> None:
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+
+
+@broken("fp32", "trt")
+def mean_for_pooling(model: Any) -> None:
+    pool = node_of(model, "GlobalAveragePool")
+    pool.op_type = "ReduceMean"
+    pool.attribute.append(helper.make_attribute("axes", [2, -1]))
+
+
+@broken("fp32", "jetson-orin")
+def precision_not_there(model: Any) -> None:
+    """FP8 weights with their own DequantizeLinear."""
+    model.opset_import[0].version = 19
+    conv = node_of(model, "Conv", 2)
+    weight = constant(model, conv.input[1])
+    values = helper.make_tensor("w8", TensorProto.FLOAT8E4M3FN, weight.shape, bytes(weight.size), raw=True)
+    model.graph.initializer.append(values)
+    set_constant(model, "s8", np.float32(0.1))
+    insert(
+        model,
+        conv,
+        helper.make_node("DequantizeLinear", ["w8", "s8"], ["w"], name="dq"),
+        helper.make_node("QuantizeLinear", ["w", "s8", "z8"], ["again"], name="q"),
+    )
+    model.graph.initializer.append(helper.make_tensor("z8", TensorProto.FLOAT8E4M3FN, (), bytes(1), raw=True))
+    conv.input[1] = "w"
+
+
+@broken("fp32", "ort-x86")
+def float64(model: Any) -> None:
+    gemm = node_of(model, "Gemm")
+    insert(
+        model,
+        gemm,
+        helper.make_node("Cast", [gemm.input[0]], ["wide"], name="wide", to=TensorProto.DOUBLE),
+        helper.make_node("Cast", ["wide"], ["narrow"], name="narrow", to=TensorProto.FLOAT),
+    )
+    gemm.input[0] = "narrow"
+
+
+@broken("fp32", "trt8.6")
+def int64_arithmetic(model: Any) -> None:
+    set_constant(model, "one", np.array([1]))
+    insert(
+        model,
+        node_of(model, "Gemm"),
+        helper.make_node("Shape", ["images"], ["shape"], name="shape"),
+        helper.make_node("Mul", ["shape", "one"], ["same"], name="times"),
+    )
+
+
+@broken("fp32", "ort-x86")
+def not_finite(model: Any) -> None:
+    name = node_of(model, "Conv", 3).input[1]
+    values = constant(model, name).copy()
+    values[0, 0, 0, 0] = np.nan
+    set_constant(model, name, values)
+
+
+@broken("fp16", "trt")
+def fp16_too_large(model: Any) -> None:
+    name = node_of(model, "Conv", 3).input[1]
+    values = constant(model, name).copy()
+    values[0, 0, 0, 0] = -65504
+    set_constant(model, name, values)
+
+
+@broken("fp16", "trt")
+def fp16_too_small(model: Any) -> None:
+    name = node_of(model, "Conv", 3).input[1]
+    set_constant(model, name, np.float16(constant(model, name) * np.float16(1e-6)))
+
+
+@broken("fp16", "trt")
+def half_ends(model: Any) -> None:
+    model.graph.node.remove(model.graph.node[-1])  # the Cast to float32
+    model.graph.output[0].name = model.graph.node[-1].output[0]
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+@broken("fp32", "trt8.6")
+def needs_builder_flags(model: Any) -> None:
+    model.CopyFrom(graph("fp16"))
+
+
+@broken("fp16", "trt")
+def all_float32(model: Any) -> None:
+    model.CopyFrom(graph("fp32"))
+
+
+@broken("fp16", "trt")
+def int8_rest_float32(model: Any) -> None:
+    model.CopyFrom(graph("trt"))
+
+
+@broken("trt", "trt")
+def nonzero_zero_point(model: Any) -> None:
+    name = next(node for node in model.graph.node if node.name.endswith("relu_QuantizeLinear")).input[2]
+    set_constant(model, name, np.int8(-128))
+
+
+@broken("ort-x86", "ort-x86")
+def asymmetric_weights(model: Any) -> None:
+    zero = dequantizer(model, node_of(model, "Conv", 2).input[1]).input[2]
+    set_constant(model, zero, np.arange(constant(model, zero).size, dtype=np.int8))
+
+
+@broken("trt", "trt")
+def unsigned_in_tensorrt(model: Any) -> None:
+    model.CopyFrom(graph("ort-x86"))
+
+
+@broken("ort-x86", "ort-x86")
+def slower_activation_type(model: Any) -> None:
+    model.CopyFrom(graph("ort-arm"))
+
+
+@broken("trt", "trt")
+def integer_bias(model: Any) -> None:
+    model.CopyFrom(graph("ort-arm"))
+
+
+@broken("trt", "trt")
+def per_channel_activations(model: Any) -> None:
+    conv = node_of(model, "Conv", 2)
+    dequantize = dequantizer(model, conv.input[0])
+    quantize = next(node for node in model.graph.node if dequantize.input[0] in node.output)
+    channels = constant(model, dequantizer(model, conv.input[1]).input[1]).size
+    for node in (quantize, dequantize):
+        node.input[1], node.input[2] = "scales", "zeros"
+    set_constant(model, "scales", np.full(channels, 0.1, np.float32))
+    set_constant(model, "zeros", np.zeros(channels, np.int8))
+
+
+@broken("trt", "trt")
+def wrong_weight_axis(model: Any) -> None:
+    conv = next(node for node in model.graph.node if node.op_type == "Conv" and square(model, node))
+    dequantize = dequantizer(model, conv.input[1])
+    quantize = next(node for node in model.graph.node if dequantize.input[0] in node.output)
+    for node in (quantize, dequantize):
+        del node.attribute[:]
+        node.attribute.append(helper.make_attribute("axis", 1))
+
+
+@broken("trt", "trt")
+def per_tensor_weights(model: Any) -> None:
+    dequantize = dequantizer(model, node_of(model, "Conv", 2).input[1])
+    quantize = next(node for node in model.graph.node if dequantize.input[0] in node.output)
+    for node in (quantize, dequantize):
+        node.input[1], node.input[2] = "scale", "zero"
+    set_constant(model, "scale", np.float32(0.01))
+    set_constant(model, "zero", np.int8(0))
+
+
+@broken("trt", "trt")
+def half_quantized(model: Any) -> None:
+    conv = node_of(model, "Conv", 2)
+    dequantize = dequantizer(model, conv.input[0])
+    conv.input[0] = next(node for node in model.graph.node if dequantize.input[0] in node.output).input[0]
+
+
+@broken("trt", "trt")
+def skip_not_quantized(model: Any) -> None:
+    add = node_of(model, "Add")
+    for place, name in enumerate(add.input):
+        found = [node for node in model.graph.node if name in node.output and node.op_type == "DequantizeLinear"]
+        if found:
+            add.input[place] = next(n for n in model.graph.node if found[0].input[0] in n.output).input[0]
+
+
+@broken("trt", "trt")
+def convolution_does_not_fuse(model: Any) -> None:
+    add = node_of(model, "Add")
+    conv = next(n for n in model.graph.node if n.op_type == "Conv" and n.output[0] in add.input)
+    place = list(add.input).index(conv.output[0])
+    set_constant(model, "s", np.float32(0.1))
+    set_constant(model, "z", np.int8(0))
+    insert(
+        model,
+        add,
+        helper.make_node("QuantizeLinear", [conv.output[0], "s", "z"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"], name="dq"),
+    )
+    add.input[place] = "dq"
+
+
+@broken("trt", "trt")
+def tiny_layer_quantized(model: Any) -> None:
+    """The classifier of 10."""
+    gemm = node_of(model, "Gemm")
+    weight = gemm.input[1]
+    set_constant(model, "s", np.float32(0.1))
+    set_constant(model, "z", np.int8(0))
+    for place, name in enumerate((gemm.input[0], weight)):
+        insert(
+            model,
+            gemm,
+            helper.make_node("QuantizeLinear", [name, "s", "z"], [f"q{place}"], name=f"q{place}"),
+            helper.make_node("DequantizeLinear", [f"q{place}", "s", "z"], [f"dq{place}"], name=f"dq{place}"),
+        )
+        gemm.input[place] = f"dq{place}"
+
+
+@broken("ort-x86", "ort-x86")
+def depthwise_quantized(model: Any) -> None:
+    conv = next(node for node in model.graph.node if node.op_type == "Conv" and square(model, node))
+    weight = dequantizer(model, conv.input[1]).input[0]
+    set_constant(model, weight, constant(model, weight)[:, :1])
+    for attribute in [one for one in conv.attribute if one.name == "group"]:
+        conv.attribute.remove(attribute)
+    conv.attribute.append(helper.make_attribute("group", len(constant(model, weight))))
+
+
+@broken("ort-x86", "ort-x86")
+def output_quantized(model: Any) -> None:
+    gemm = node_of(model, "Gemm")
+    gemm.output[0] = "float_logits"
+    set_constant(model, "s", np.float32(0.1))
+    set_constant(model, "z", np.uint8(128))
+    model.graph.node.extend(
+        [
+            helper.make_node("QuantizeLinear", ["float_logits", "s", "z"], ["q"], name="q"),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["logits"], name="dq"),
+        ]
+    )
+
+
+@broken("fp32", "ort-x86")
+def saturates_without_vnni(model: Any) -> None:
+    model.CopyFrom(graph("ort-x86"))
+
+
+def dequantizer(model: Any, name: str) -> Any:
+    return next(node for node in model.graph.node if name in node.output and node.op_type == "DequantizeLinear")
+
+
+def square(model: Any, conv: Any) -> bool:
+    """Whether a quantized convolution has as many inputs as outputs."""
+    start = dequantizer(model, conv.input[1]).input[0]
+    quantize = [node for node in model.graph.node if start in node.output]
+    shape = constant(model, quantize[0].input[0] if quantize else start).shape
+    return bool(shape[0] == shape[1])
+
+
+@pytest.mark.parametrize("name", sorted(BROKEN))
+def test_a_rule_finds_what_was_broken_and_nothing_before(name: str) -> None:
+    kind, profile, break_it = BROKEN[name]
+    model = graph(kind)
+    assert name not in {one.rule for one in findings(model, profile)}
+    break_it(model)
+    found = [one for one in findings(model, profile) if one.rule == name]
+    assert found
+    rule = list_rules()[name]
+    for one in found:
+        assert (one.severity, one.fix) == (rule.severity, rule.fix)
+        assert one.where or one.what
+        assert "\n" not in one.where + one.what
+
+
+def test_every_rule_is_broken_here() -> None:
+    assert set(list_rules()) - set(BROKEN) == {"side-data-file", "too-large-for-one-file"}, "these have their own tests"
+
+
+def test_a_side_file_is_found(tmp_path: Path) -> None:
+    onnx.save(graph("fp32"), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    found = [one for one in lint(tmp_path / "m.onnx", get_profile("trt")) if one.rule == "side-data-file"]
+    assert [one.where for one in found] == ["m.data"]
+
+
+def test_a_model_too_large_for_one_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "ONE_FILE_BYTES", 1000)
+    assert "too-large-for-one-file" in {one.rule for one in findings(graph("fp32"), "trt")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "profile", "expected"),
+    [
+        ("fp32", "ort-x86", set()),
+        ("fp32", "ort-arm", set()),
+        ("fp32", "openvino", set()),
+        ("fp32", "trt8.5", set()),
+        ("fp32", "trt", {"all-float32"}),
+        ("fp16", "trt", set()),
+        ("fp16", "jetson-orin", set()),
+        ("fp16", "trt8.6", {"needs-builder-flags"}),
+        ("ort-x86", "ort-x86", {"saturates-without-vnni"}),
+        ("ort-arm", "ort-arm", set()),
+        ("trt8.6", "trt8.6", {"needs-builder-flags"}),
+        ("jetson-orin", "jetson-orin", {"int8-rest-float32"}),
+        ("openvino", "openvino", set()),
+    ],
+)
+def test_what_kdcompress_writes_for_a_profile_passes_it(kind: str, profile: str, expected: set[str]) -> None:
+    assert {one.rule for one in findings(graph(kind), profile)} == expected
+
+
+def test_what_is_for_another_runtime_does_not_pass() -> None:
+    errors = {one.rule for one in findings(graph("ort-x86"), "jetson-orin") if one.severity == "error"}
+    assert errors == {"nonzero-zero-point", "unsigned-in-tensorrt", "integer-bias"}
+
+
+def test_the_gravest_come_first() -> None:
+    severities = [one.severity for one in findings(graph("ort-x86"), "trt")]
+    order = ["error", "warning", "note"]
+    assert severities == sorted(severities, key=order.index)
+
+
+def test_int8_is_not_there_where_the_device_has_none() -> None:
+    profile = dataclasses.replace(get_profile("trt"), precisions=("fp32", "fp16"))
+    assert "precision-not-there" in {one.rule for one in findings(graph("trt"), profile)}
