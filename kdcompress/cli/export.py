@@ -7,17 +7,79 @@ from pathlib import Path
 import click
 
 
+def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int, int]:
+    """ "1,8,32" → (1, 8, 32)."""
+    try:
+        least, usual, most = (int(word) for word in text.split(","))
+    except ValueError:
+        least, usual, most = 0, 0, 0
+    if not 1 <= least <= usual <= most:
+        raise click.BadParameter(f"{text!r} is not MIN,OPT,MAX such as 1,8,32", ctx, parameter)
+    return least, usual, most
+
+
 @click.command()
 @click.argument("source", metavar="[RUN|BUNDLE]", required=False, type=click.Path(path_type=Path))
 @click.option("--onnx", "target", flag_value="onnx", default="onnx", help="One ONNX file (the default).")
+@click.option("--trt", "target", flag_value="trt", help="A TensorRT engine; without a GPU, the device bundle.")
+@click.option("--device", "target", flag_value="device", help="A folder that runs, checks and measures on a device.")
 @click.option("--for", "profile", metavar="PROFILE", default="auto", show_default=True, help="kdcompress ls profiles.")
 @click.option("--data", metavar="DATA", help="Images to compare on, where no run says which [default: the run's].")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Bundle to write [default: in the run].")
-def command(source: Path | None, target: str, profile: str, data: str | None, out: Path | None) -> None:
+@click.option(
+    "--golden-images", metavar="N", default=0, type=click.IntRange(min=0), help="--device: N real images too."
+)
+@click.option("--require-engine", is_flag=True, help="--trt: fail where no engine can be built.")
+@click.option("--engine-batch", metavar="MIN,OPT,MAX", default="1,1,32", callback=parse_batches, help="--trt.")
+@click.option("--workspace-mb", metavar="N", type=click.IntRange(min=1), help="--trt: memory beside a layer's tensors.")
+@click.option("--builder-level", metavar="0-5", type=click.IntRange(0, 5), help="--trt: effort.")
+@click.option("--timing-cache", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="--trt.")
+@click.option("--version-compatible", is_flag=True, help="--trt: also for later TensorRT of this major version.")
+@click.option("--hardware-compatible", is_flag=True, help="--trt: for every GPU from Ampere on.")
+def command(
+    source: Path | None,
+    target: str,
+    profile: str,
+    data: str | None,
+    out: Path | None,
+    golden_images: int,
+    require_engine: bool,
+    engine_batch: tuple[int, int, int],
+    workspace_mb: int | None,
+    builder_level: int | None,
+    timing_cache: Path | None,
+    version_compatible: bool,
+    hardware_compatible: bool,
+) -> None:
     """Write a student for another runtime, and check there that it answers as before.
 
     Without RUN the newest run under runs/ is taken; of its bundles the fp32 student.
     """
-    from kdcompress.pipeline.deploy import export
+    if target == "onnx":
+        from kdcompress.pipeline.deploy import export
 
-    export(source, target=target, profile=profile, data=data, out=out)
+        export(source, target=target, profile=profile, data=data, out=out)
+    elif target == "device":
+        from kdcompress.pipeline.device import export_device
+
+        export_device(source, profile=profile, data=data, out=out, golden_images=golden_images)
+    else:
+        from kdcompress.pipeline.device import export_engine
+        from kdcompress.tensorrt_engine import BuildOptions
+
+        options = BuildOptions(
+            *engine_batch,
+            workspace_mb=workspace_mb,
+            builder_level=builder_level,
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+        )
+        export_engine(
+            source,
+            profile=profile,
+            data=data,
+            out=out,
+            options=options,
+            timing_cache=timing_cache,
+            require_engine=require_engine,
+        )

@@ -69,7 +69,16 @@ def way_to(kind: Kind, name: str) -> tuple[str, ...]:
     return tuple(way)
 
 
-def walk(bundle: Bundle, name: str, out: Path, *, profile: Profile, images: Images, replace: bool = False) -> Bundle:
+def walk(
+    bundle: Bundle,
+    name: str,
+    out: Path,
+    *,
+    profile: Profile,
+    images: Images,
+    replace: bool = False,
+    target: Target | None = None,
+) -> Bundle:
     """Exports to a target by way of whatever it takes: torch → onnx → trt.
 
     A bundle on the way stands beside `out` as `<kind>-<precision>`; one that stands there and was made from the same
@@ -80,15 +89,16 @@ def walk(bundle: Bundle, name: str, out: Path, *, profile: Profile, images: Imag
         name: the target.
         out: the folder of the last bundle.
         profile: see `Target.run`, as for the other arguments.
+        target: the target of that name with options of its own; by default without.
 
     Raises:
         InputError: there is no such target, or no way to it.
     """
-    *before, last = (find_target(step) for step in way_to(bundle.kind, name))
-    for target in before:
-        folder = out.parent / f"{target.makes}-{bundle.precision}"
+    *before, last = (find_target(part) for part in way_to(bundle.kind, name))
+    for step in before:
+        folder = out.parent / f"{step.makes}-{bundle.precision}"
         made = read_bundle(folder) if (folder / BUNDLE_FILE).exists() else None
         if made is None or made.provenance[-1].get("source") != bundle.digest:
-            made = target.run(bundle, folder, profile=profile, images=images, replace=replace)
+            made = step.run(bundle, folder, profile=profile, images=images, replace=replace)
         bundle = made
-    return last.run(bundle, out, profile=profile, images=images, replace=replace)
+    return (target or last).run(bundle, out, profile=profile, images=images, replace=replace)

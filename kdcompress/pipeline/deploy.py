@@ -3,73 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
-from kdcompress.data import load_splits, unit_interval
-from kdcompress.errors import InputError, ShapeError
+from kdcompress.bundle import Bundle
 from kdcompress.export import find_target, walk
 from kdcompress.files import require_empty
-from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits, require_classes
-from kdcompress.profiles import Profile, default_profile, get_profile
+from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile, find_images, find_source
+from kdcompress.pipeline.base import console
 from kdcompress.quantize import find_quantizer
 from kdcompress.quantize.fp16 import Fp16Quantizer
-from kdcompress.types import Images
-
-VERIFIED_IMAGES = 64
-"""Real images on which an exported graph is compared with its source."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A bundle to start from, the folder that its successors go to, and the run it belongs to, if any."""
-
-    bundle: Bundle
-    folder: Path
-    run: RunFolder | None
-
-
-def find_source(path: Path | None) -> Source:
-    """The bundle that a command means: the one named, the student of a run named, or that of the newest run.
-
-    Raises:
-        InputError: there is neither a bundle nor a run.
-    """
-    if path is not None and (path / BUNDLE_FILE).is_file():
-        run = RunFolder(path.parent) if (path.parent / RECIPE_FILE).is_file() else None
-        return Source(read_bundle(path), path.parent, run)
-    run = RunFolder.open(path)
-    if path is None:
-        console().print(f"run: {run.path} (the newest)")
-    return Source(run.student(), run.path, run)
-
-
-def find_images(source: Source, data: str | None) -> Images:
-    """The calibration images: of the data that is named, else of the run's own.
-
-    Raises:
-        InputError: neither names any.
-        ShapeError: they are not what the network takes.
-    """
-    wanted = source.bundle.preprocess
-    if data is not None:
-        splits = load_splits(data, image_size=wanted.square_side)
-        require_classes(source.bundle, splits)
-    elif source.run is not None:
-        splits = open_splits(source.run.recipe.data)
-    else:
-        raise InputError(f"{source.bundle.path} belongs to no run, so its data is not known", where="--data")
-    if splits.image_shape != wanted.image_shape:
-        raise ShapeError(
-            f"images of shape {splits.image_shape}, the network takes {wanted.image_shape}", where="--data"
-        )
-    return unit_interval(splits.calibration.images.load(splits.calibration.ids))
-
-
-def choose_profile(name: str) -> Profile:
-    """The profile of that name; `auto` is the one of this machine."""
-    return default_profile() if name == "auto" else get_profile(name)
 
 
 def export(

@@ -12,7 +12,7 @@ from kdcompress.types import Predictor
 
 __all__ = ["open_bundle"]
 
-_MODULES: Mapping[str, str] = {"torch": "torch_runtime", "onnx": "onnxruntime_runtime"}
+_MODULES: Mapping[str, str] = {"torch": "torch_runtime", "onnx": "onnxruntime_runtime", "trt": "tensorrt_runtime"}
 
 
 def open_bundle(bundle: Bundle | Path, device: str = "cpu", threads: int | None = None) -> Predictor:

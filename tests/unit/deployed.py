@@ -29,6 +29,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
+@torch.enable_grad()
 def trained_student() -> Student:
     """A resnet8 that knows most of the first 1,200 digits."""
     torch.manual_seed(0)

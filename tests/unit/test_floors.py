@@ -10,8 +10,8 @@ import kdcompress
 
 FLOORS = (
     {"errors"},
-    {"files", "types", "resizing"},
-    {"recipe"},
+    {"files", "types", "resizing", "cuda_driver", "tensorrt_layers"},
+    {"recipe", "pictures", "tensorrt_engine"},
     {
         "losses",
         "taps",
@@ -45,6 +45,7 @@ FLOORS = (
     {"init", "runtimes", "training_step", "live_teachers"},
     {"training_session", "heldout", "probe"},
     {"train", "teacher_cache", "quantize", "export", "lint", "report"},
+    {"device_bundle"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -59,6 +60,8 @@ def imports(file: Path) -> Iterator[tuple[str, ...]]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kdcompress"):
             assert node.level == 0
             yield from ((*node.module.split("."), alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level and file.parent == ROOT:  # files that a device gets too
+            yield from (("kdcompress", node.module or "", alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (tuple(a.name.split(".")) for a in node.names if a.name.startswith("kdcompress"))
 

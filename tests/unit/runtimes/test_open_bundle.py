@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdcompress import cuda_driver
 from kdcompress.bundle import Preprocess, write_bundle
 from kdcompress.errors import BundleError, InputError, ShapeError
 from kdcompress.runtimes import open_bundle
@@ -80,6 +81,14 @@ def test_a_model_that_onnxruntime_does_not_take_is_refused_in_one_line(tmp_path:
     assert "\n" not in caught.value.what
 
 
-def test_a_kind_that_nothing_opens_is_refused() -> None:
-    with pytest.raises(InputError, match="opens a trt bundle"):
+def test_an_engine_that_does_not_say_where_it_belongs_is_refused() -> None:
+    with pytest.raises(BundleError, match="does not say which TensorRT and GPU"):
         open_bundle(dataclasses.replace(onnx_bundle(), kind="trt"))
+
+
+def test_an_engine_is_not_opened_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", "libcuda-that-is-not-there.so.1")
+    step = {"step": "export-trt", "engine": {"tensorrt": "10.3.0", "gpu": "Orin", "compute_capability": "8.7"}}
+    with pytest.raises(InputError, match="no NVIDIA driver") as caught:
+        open_bundle(dataclasses.replace(onnx_bundle(), kind="trt", provenance=(step,)))
+    assert "TensorRT 10.3.0, Orin" in caught.value.fix

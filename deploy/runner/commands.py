@@ -1,0 +1,163 @@
+"""What each command does; each answers the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DeviceError
+from .folder import DeviceBundle, Model, open_folder
+from .golden import Agreement, compare, read_pictures
+from .measure import measure as measure_models
+from .measure import obey, write_document
+from .pictures import SUFFIXES, unit_interval
+from .sessions import Settings, choose_runtime, look_inside, open_model
+from .tensorrt_engine import BuildOptions
+
+_MARGIN = 0.025
+"""Coefficient of variation above which trtexec, too, asks for locked clocks."""
+
+
+def check(root: Path, arguments: argparse.Namespace) -> int:
+    """Holds every model's answers against the golden test."""
+    bundle, models, settings = _begin(root, arguments)
+    agreements, _ = _check(bundle, models, settings)
+    return 0 if all(one.passed for one in agreements.values()) else 1
+
+
+def build(root: Path, arguments: argparse.Namespace) -> int:
+    """Builds the engines."""
+    bundle, models, settings = _begin(root, arguments)
+    if settings.runtime != "tensorrt":
+        raise DeviceError("only TensorRT has engines to build", "--runtime")
+    for model in models:
+        opened = open_model(model, settings)
+        shares = look_inside(model, opened, _zeros(bundle)) or {}
+        parts = ", ".join(f"{share['share']:.0%} {name}" for name, share in shares.items())
+        print(f"{model.precision}: {settings.engines / model.precision}.engine · layers: {parts}")
+    return 0
+
+
+def measure(root: Path, arguments: argparse.Namespace) -> int:
+    """Measures, and writes the file that kdcompress joins."""
+    bundle, models, settings = _begin(root, arguments)
+    if not arguments.out.absolute().parent.is_dir():
+        raise DeviceError(f"there is no folder {arguments.out.absolute().parent}", "--out")
+    agreements, inside = _check(bundle, models, settings)
+    if not all(one.passed for one in agreements.values()):
+        raise DeviceError("nothing is measured: the golden test failed", str(root), "see the lines above", 1)
+    document = measure_models(
+        bundle,
+        models,
+        settings,
+        agreements,
+        inside,
+        batch_sizes=sorted(set(arguments.batch_sizes)),
+        warmup=arguments.warmup,
+        iterations=arguments.iterations,
+        restarts=arguments.restarts,
+        sustained_s=arguments.sustained,
+    )
+    write_document(document, arguments.out)
+    _tell(document)
+    print(f"{arguments.out}: on the machine where the run is, kdcompress report RUN --merge {arguments.out.name}")
+    return 0
+
+
+def classify(root: Path, arguments: argparse.Namespace) -> int:
+    """Names what is in pictures; one that cannot be read is told and passed over."""
+    bundle, models, settings = _begin(root, arguments)
+    opened = open_model(models[-1], settings)
+    failed = False
+    for path in _pictures(arguments.paths):
+        try:
+            pixels = bundle.read(path, arguments.resize)
+        except DeviceError as error:
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        logits = opened.answer(unit_interval(pixels[None]))[0].astype(np.float64)
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = [(bundle.classes[index], float(shares[index])) for index in np.argsort(-shares)[: arguments.top]]
+        if arguments.json:
+            print(json.dumps({"file": str(path), "classes": dict(best)}, ensure_ascii=False))
+        else:
+            print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in best)}")
+    return 2 if failed else 0
+
+
+def child(root: Path, arguments: argparse.Namespace) -> int:
+    """One measuring process."""
+    write_document(obey(open_folder(root), arguments.order), arguments.answer)
+    return 0
+
+
+def _begin(root: Path, arguments: argparse.Namespace) -> tuple[DeviceBundle, list[Model], Settings]:
+    bundle = open_folder(root)
+    runtime = choose_runtime(bundle, arguments.runtime)
+    sizes = arguments.batch or (1, 1, max(32, *getattr(arguments, "batch_sizes", (1,)), 1))
+    if len(sizes) != 3:
+        raise DeviceError(f"{len(sizes)} batch sizes, three are needed", "--batch", "give MIN,OPT,MAX")
+    options = BuildOptions(
+        *sizes,
+        workspace_mb=arguments.workspace_mb,
+        builder_level=arguments.builder_level,
+        version_compatible=arguments.version_compatible,
+        hardware_compatible=arguments.hardware_compatible,
+    )
+    settings = Settings(runtime, arguments.threads, arguments.engines.absolute(), options)
+    return bundle, bundle.choose(arguments.precisions), settings
+
+
+def _check(
+    bundle: DeviceBundle, models: list[Model], settings: Settings
+) -> tuple[dict[str, Agreement], dict[str, Any]]:
+    pixels, off = read_pictures(bundle)
+    allowed = bundle.golden["pixel_tolerance"]
+    if off > allowed:
+        what = f"pictures are decoded otherwise here: a pixel differs by {off} of 255, at most {allowed} is allowed"
+        raise DeviceError(what, "golden/", "pip install --upgrade Pillow", 1)
+    print(f"golden test: {len(pixels)} pictures, pixels within {off} of 255")
+    agreements, inside = {}, {}
+    for model in models:
+        opened = open_model(model, settings)
+        found = agreements[model.precision] = compare(bundle, model, opened, pixels)
+        inside[model.precision] = look_inside(model, opened, _zeros(bundle))
+        print(
+            f"{model.precision} · {opened.runtime} · largest difference of a logit {found.difference:.1e} of the "
+            f"largest, {model.tolerance:.0e} allowed · same class {found.same_class:.0%} · "
+            f"{'ok' if found.passed else 'FAILED'}"
+        )
+    return agreements, inside
+
+
+def _zeros(bundle: DeviceBundle) -> np.ndarray:
+    return np.zeros((1, *bundle.image_shape), np.float32)
+
+
+def _pictures(paths: list[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        else:
+            yield path
+
+
+def _tell(document: dict[str, Any]) -> None:
+    for entry in document["models"]:
+        call = entry["extras"]["call_ms"]
+        gpu = entry["extras"].get("gpu_ms")
+        parts = [f"{entry['precision']}, batch {entry['batch_size']}: p50 {call['p50']:.3f} ms, p99 {call['p99']:.3f}"]
+        parts += [f"n = {call['n']}"] + ([f"GPU alone p50 {gpu['p50']:.3f}"] if gpu else [])
+        print(", ".join(parts))
+        if call["cv"] > _MARGIN:
+            print(f"  the calls vary by {call['cv']:.1%}: lock the clocks (targets/ says how) for steadier figures")
+        if call["n"] < 1000:
+            print(f"  {call['n']} calls are few for a p99: 1,000 are meant")

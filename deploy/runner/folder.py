@@ -1,0 +1,118 @@
+"""The folder this runner lies in: what it holds, and whether it still holds that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from .errors import DeviceError
+from .pictures import read_picture
+
+MANIFEST = "MANIFEST.sha256"
+DEVICE_FILE = "device.json"
+_NEWEST = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """One ONNX file: its precision, digests of file and bundle, and how far its logits may be off."""
+
+    precision: str
+    path: Path
+    bundle: str
+    digest: str
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class DeviceBundle:
+    """The folder: classes, what a picture becomes, models by precision, golden test; `digest` is its identity."""
+
+    root: Path
+    digest: str
+    profile: str
+    runtime: str
+    classes: tuple[str, ...]
+    preprocess: Mapping[str, Any]
+    models: Mapping[str, Model]
+    golden: Mapping[str, Any]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return self.preprocess["channels"], self.preprocess["height"], self.preprocess["width"]
+
+    def read(self, path: Path, resize: str | None = None) -> np.ndarray:
+        """The pixels of a picture as the models take them, uint8.
+
+        Raises:
+            DeviceError: it cannot be read, or has a size that is refused.
+        """
+        channels, height, width = self.image_shape
+        try:
+            return read_picture(path, channels, height, width, resize or self.preprocess["resize"])
+        except ValueError as error:
+            fix = "--resize bilinear-crop cuts it to size" if "the network takes" in str(error) else ""
+            raise DeviceError(f"cannot read the picture: {error}", str(path), fix) from error
+
+    def choose(self, precisions: list[str]) -> list[Model]:
+        """The models of these precisions, all where none is named.
+
+        Raises:
+            DeviceError: there is none of that precision.
+        """
+        for name in precisions:
+            if name not in self.models:
+                raise DeviceError(f"there is no {name} model here", "--precisions", f"take {', '.join(self.models)}")
+        return [model for name, model in self.models.items() if not precisions or name in precisions]
+
+
+def open_folder(root: Path) -> DeviceBundle:
+    """Opens the folder and checks every file against the manifest.
+
+    Raises:
+        DeviceError: a file is missing or was changed, or this runner is too old for it.
+    """
+    digest = _verify(root)
+    try:
+        content = json.loads((root / DEVICE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"{DEVICE_FILE} cannot be read: {error}", str(root)) from error
+    if content.get("format") != "kdcompress/device-bundle" or content.get("schema_version", 0) > _NEWEST:
+        raise DeviceError(f"{DEVICE_FILE} is of another version", str(root), "use the run.py that came with it")
+    models = {
+        name: Model(name, root / entry["file"], entry["bundle"], entry["digest"], float(entry["tolerance"]))
+        for name, entry in content["models"].items()
+    }
+    classes = tuple(content["classes"])
+    return DeviceBundle(
+        root, digest, content["profile"], content["runtime"], classes, content["preprocess"], models, content["golden"]
+    )
+
+
+def _verify(root: Path) -> str:
+    """The manifest's own digest, after every file in it was found to be the one that was written."""
+    manifest = root / MANIFEST
+    try:
+        content = manifest.read_bytes()
+    except OSError:
+        raise DeviceError(f"there is no {MANIFEST} here", str(root), "copy the whole device bundle") from None
+    for line in content.decode("utf-8").splitlines():
+        wanted, _, name = line.partition("  ")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise DeviceError(f"{MANIFEST} names {name}, outside of the folder", str(root))
+        try:
+            found = hashlib.sha256((root / path).read_bytes()).hexdigest()
+        except OSError as error:
+            raise DeviceError(f"{name} is missing: {error.strerror}", str(root), "copy the folder again") from error
+        if found != wanted:
+            what = f"{name} was changed or damaged: its digest is {found[:12]}…, {wanted[:12]}… was written"
+            raise DeviceError(what, str(root), "copy the folder again")
+    return hashlib.sha256(content).hexdigest()

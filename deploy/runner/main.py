@@ -1,0 +1,120 @@
+"""The command line of the device bundle. Exit codes: 0 done; 1 a check said no; 2 the command or a file is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_NEEDED = {"numpy": "numpy", "PIL": "Pillow"}
+
+
+def main(words: Sequence[str]) -> int:
+    """Does what the words say; the exit code."""
+    arguments = _parser().parse_args(list(words))
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return _fail(f"{' and '.join(missing)} not installed\npip install {' '.join(missing)}", 2)
+    from . import commands
+    from .cuda_driver import CudaError
+    from .errors import DeviceError
+    from .tensorrt_engine import EngineError
+
+    try:
+        return int(getattr(commands, arguments.command.strip("_"))(ROOT, arguments))
+    except DeviceError as error:
+        return _fail(str(error), error.code)
+    except EngineError as error:
+        return _fail(error.what + (f"\n{error.fix}" if error.fix else ""), 1)
+    except CudaError as error:
+        return _fail(f"the GPU failed: {error}", 1)
+    except MemoryError:
+        return _fail("out of memory\ntake a smaller batch size, or fewer --precisions", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", description="Check, measure and run the student in this folder.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    check = commands.add_parser("check", help="does this device answer as it should, from the JPEG to the logits")
+    build = commands.add_parser("build", help="build the TensorRT engines; every other command does it when needed")
+    measure = commands.add_parser(
+        "measure", help="latency, memory, energy; writes a file for kdcompress report --merge"
+    )
+    classify = commands.add_parser("classify", help="name what is in pictures")
+    for command in (check, build, measure, classify):
+        _add_common(command)
+    measure.add_argument("--out", type=Path, default=Path("measurement.json"), metavar="FILE", help="[%(default)s]")
+    measure.add_argument("--batch-sizes", type=_sizes, default=(1,), metavar="N,N", help="images in a call [1]")
+    measure.add_argument("--restarts", type=_positive, default=5, metavar="N", help="processes [%(default)s]")
+    measure.add_argument(
+        "--iterations", type=_positive, default=200, metavar="N", help="timed calls each [%(default)s]"
+    )
+    measure.add_argument("--warmup", type=_positive, default=50, metavar="N", help="untimed calls first [%(default)s]")
+    measure.add_argument("--sustained", type=_seconds, default=0.0, metavar="TIME", help="run each so long: 10m, 90s")
+    classify.add_argument("paths", nargs="+", type=Path, metavar="PICTURE|FOLDER")
+    classify.add_argument(
+        "--top", type=_positive, default=1, metavar="N", help="how many classes to name [%(default)s]"
+    )
+    classify.add_argument("--json", action="store_true", help="one JSON object for each picture")
+    classify.add_argument("--resize", choices=("bilinear", "bilinear-crop"), help="where the student names no method")
+    child = commands.add_parser("_child")
+    child.add_argument("order", type=json.loads)
+    child.add_argument("answer", type=Path)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--precisions", type=_names, default=[], metavar="P,P", help="fp32, fp16, int8 [all there are]"
+    )
+    command.add_argument("--runtime", choices=("auto", "tensorrt", "onnxruntime"), default="auto", help="[%(default)s]")
+    command.add_argument("--threads", type=_positive, default=1, metavar="N", help="of ONNX Runtime [%(default)s]")
+    engines = command.add_argument_group("TensorRT engines")
+    engines.add_argument("--engines", type=Path, default=ROOT / "engines", metavar="DIR", help="[engines/ here]")
+    engines.add_argument("--batch", type=_sizes, default=None, metavar="MIN,OPT,MAX", help="batch sizes [1,1,32]")
+    engines.add_argument(
+        "--workspace-mb", type=_positive, metavar="N", help="memory a layer may use beside its tensors"
+    )
+    engines.add_argument("--builder-level", type=int, choices=range(6), metavar="0-5", help="effort of the builder")
+    engines.add_argument("--version-compatible", action="store_true", help="also for later TensorRT of this major")
+    engines.add_argument("--hardware-compatible", action="store_true", help="for every GPU from Ampere on")
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_positive(word) for word in text.split(","))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _seconds(text: str) -> float:
+    factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        seconds = float(text if factor is None else text[:-1]) * (factor or 1)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 10m or 90s")
+    return seconds

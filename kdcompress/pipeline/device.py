@@ -1,0 +1,172 @@
+"""To the device: a TensorRT engine where there is a GPU, and the folder that builds one where it is to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdcompress.bundle import BUNDLE_FILE, PLAIN, Bundle, Precision, read_bundle
+from kdcompress.device_bundle import Card, write_device_bundle
+from kdcompress.errors import InputError, RunError
+from kdcompress.export import walk
+from kdcompress.export.trt import TARGET
+from kdcompress.files import require_empty
+from kdcompress.pipeline._source import VERIFIED_IMAGES, Source, choose_profile, find_images, find_source
+from kdcompress.pipeline.base import console
+from kdcompress.profiles import Profile
+from kdcompress.report import read_report
+from kdcompress.report.base import REPORT_FILE, AccuracyPart
+from kdcompress.tensorrt_engine import BuildOptions, why_not_here
+
+
+def export_engine(
+    source: Path | None,
+    *,
+    profile: str = "auto",
+    data: str | None = None,
+    out: Path | None = None,
+    options: BuildOptions,
+    timing_cache: Path | None = None,
+    require_engine: bool = False,
+) -> Path:
+    """Builds a TensorRT engine; where there is no GPU or no TensorRT, writes the device bundle instead and says so.
+
+    Args:
+        source: a run or a bundle; by default the newest run.
+        profile: by default that of the newest TensorRT.
+        data: images to compare on, where no run says which.
+        out: the folder to make; by default beside the source.
+        options: how the engine is built.
+        timing_cache: a file that makes the next build faster.
+        require_engine: fail where no engine can be built.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        RunError: no engine can be built, and one is required.
+        VerificationError: the engine is not in the precision asked for, or does not answer as its source does.
+    """
+    chosen = "trt" if profile == "auto" else profile
+    reason = why_not_here()
+    if reason is not None and require_engine:
+        fix = "run it on a machine with the GPU that the engine is for, or leave --require-engine out"
+        raise RunError(f"no TensorRT engine can be built here: {reason}", where="--require-engine", fix=fix)
+    if reason is not None:
+        console().print(
+            f"No TensorRT engine can be built here: {reason}. An engine belongs to the GPU it was built on, so the "
+            "device bundle is written instead: it builds the engine on the device, checks and measures it there."
+        )
+        return export_device(source, profile=chosen, data=data, out=out)
+    if out is not None:
+        require_empty(out)
+    start = find_source(source)
+    images = find_images(start, data)[:VERIFIED_IMAGES]
+    folder = out or start.folder / f"trt-{start.bundle.precision}"
+    target = dataclasses.replace(TARGET, options=options, timing_cache=timing_cache)
+    wanted = choose_profile(chosen)
+    bundle = walk(start.bundle, "trt", folder, profile=wanted, images=images, replace=out is None, target=target)
+    step = bundle.provenance[-1]
+    shares = ", ".join(f"{share['share']:.0%} {name}" for name, share in step["precisions"].items())
+    console().print(
+        f"{bundle.path} · {bundle.size_mb:.3f} MB · TensorRT {step['engine']['tensorrt']} on {step['engine']['gpu']} · "
+        f"layers: {shares} · largest difference {step['difference']:.1e}"
+    )
+    return bundle.path
+
+
+def export_device(
+    source: Path | None,
+    *,
+    profile: str = "auto",
+    data: str | None = None,
+    out: Path | None = None,
+    golden_images: int = 0,
+) -> Path:
+    """Writes the folder that builds, checks, measures and runs a student on a device, without kdcompress or torch.
+
+    Args:
+        source: a run, or a bundle in it; by default the newest run.
+        profile: what the device's runtime wants; of the INT8 files the one that was made for it is taken.
+        data: images to compare on, where no run says which.
+        out: the folder to make; by default `device-<profile>` beside the source.
+        golden_images: how many calibration images the golden test carries beside the synthetic pictures. None leaves
+            the building unless asked for.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        InputError: there is nothing to export.
+    """
+    if out is not None:
+        require_empty(out)
+    start, chosen = find_source(source), choose_profile(profile)
+    if start.bundle.kind == "trt":
+        fix = "give the run, or the ONNX bundle it was built from"
+        raise InputError("an engine belongs to the GPU it was built on", where=str(start.bundle.path), fix=fix)
+    folder = out or start.folder / f"device-{chosen.name}"
+    with tempfile.TemporaryDirectory() as scratch:
+        place = start.folder if out is None else Path(scratch)
+        flavours = find_flavours(start, chosen, place=place, data=data)
+        images = find_images(start, data)[:golden_images] if golden_images else None
+        write_device_bundle(
+            folder, flavours, profile=chosen, card=_card(start, flavours), images=images, replace=out is None
+        )
+    console().print(f"{folder} · {', '.join(flavours)} for {chosen.name} ({chosen.device})")
+    if "int8" not in flavours:
+        console().print(f"no INT8 for {chosen.name} here: kdcompress quantize --int8 --for {chosen.name} writes it")
+    console().print("on the device: python3 run.py check, then python3 run.py measure; README.md says more")
+    return folder
+
+
+def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | None) -> dict[Precision, Bundle]:
+    """The ONNX files of one student: fp32 (written where it is missing), and what was made of it for the profile.
+
+    Args:
+        start: the student, or one of its ONNX bundles.
+        profile: of INT8 files only those made for it are taken.
+        place: where the fp32 file goes if it has to be written.
+        data: see `export_device`.
+    """
+    root = _root(start.bundle)
+    found: dict[Precision, Bundle] = {}
+    for file in sorted(start.folder.glob(f"*/{BUNDLE_FILE}")):
+        bundle = read_bundle(file.parent)
+        step = bundle.provenance[-1] if bundle.provenance else {}
+        own = (bundle.kind, bundle.interface) == ("onnx", PLAIN) and _root(bundle) == root
+        fits = bundle.precision != "int8" or step.get("profile") == profile.name
+        if own and fits and bundle.precision not in found:
+            found[bundle.precision] = bundle
+    if start.bundle.kind == "onnx":
+        found[start.bundle.precision] = start.bundle
+    if "fp32" not in found and start.bundle.kind == "torch":
+        images = find_images(start, data)[:VERIFIED_IMAGES]
+        found["fp32"] = walk(start.bundle, "onnx", place / "onnx-fp32", profile=profile, images=images, replace=True)
+    order: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+    return {precision: found[precision] for precision in order if precision in found}
+
+
+def _root(bundle: Bundle) -> str:
+    """The digest of the torch bundle that a bundle was made from; its own if it is one."""
+    sources = [step["source"] for step in bundle.provenance if "source" in step]
+    return bundle.digest if bundle.kind == "torch" or not sources else str(sources[0])
+
+
+def _card(start: Source, flavours: Mapping[Precision, Bundle]) -> Card:
+    """What the run knows of the weights and of the accuracy."""
+    first = next(iter(flavours.values()))
+    teachers: tuple[Mapping[str, Any], ...] = ()
+    for step in first.provenance:
+        teachers = tuple(step.get("teachers") or teachers)
+    accuracy: dict[Precision, AccuracyPart] = {}
+    data: dict[str, Any] = {}
+    if start.run is not None and (start.run.path / REPORT_FILE).is_file():
+        report = read_report(start.run.path / REPORT_FILE)
+        names = {bundle.path.name: precision for precision, bundle in flavours.items()}
+        accuracy = {names[row.name]: row.accuracy for row in report.rows if row.name in names}
+        data = report.data
+    return Card(teachers=teachers, accuracy=accuracy, data=data)

@@ -1,0 +1,98 @@
+"""What a TensorRT engine is made of, as its inspector tells: which layers compute in which precision.
+
+This file is also part of every device bundle: Python 3.8, no kdcompress.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_NUMBERS = (
+    ("INT8", re.compile(r"int8", re.IGNORECASE)),
+    ("FP8", re.compile(r"fp8|float8", re.IGNORECASE)),
+    ("BF16", re.compile(r"bf16|bfloat16", re.IGNORECASE)),
+    ("FP16", re.compile(r"fp16|half", re.IGNORECASE)),
+    ("FP32", re.compile(r"fp32|float|tf32", re.IGNORECASE)),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an engine.
+
+    Args:
+        name: as TensorRT calls it.
+        kind: "CaskConvolution", "gemm", "Reformat" …
+        precision: what it computes in: INT8, FP8, BF16, FP16, FP32; "other" where no number is computed.
+        weighted: it has weights.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    weighted: bool
+
+
+def parse_layers(information: str) -> tuple[Layer, ...]:
+    """The layers in the JSON of an engine inspector, of an engine with detailed verbosity."""
+    found = json.loads(information).get("Layers", [])
+    return tuple(_layer(entry) for entry in found if isinstance(entry, dict))
+
+
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    weights = entry.get("Weights")
+    weighted = isinstance(weights, dict) and int(weights.get("Count", 0)) > 0
+    said = [str(weights.get("Type", ""))] if weighted and isinstance(weights, dict) else []
+    for side in ("Inputs", "Outputs"):
+        tensors = entry.get(side) or []
+        said += [str(tensor.get("Format/Datatype", "")) for tensor in tensors[:1] if isinstance(tensor, dict)]
+    numbers = [_number(text) for text in said]
+    precision = next((number for number in numbers if number != "other"), "other")
+    return Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), precision, weighted)
+
+
+def _number(text: str) -> str:
+    return next((name for name, pattern in _NUMBERS if pattern.search(text)), "other")
+
+
+def precision_shares(layers: Sequence[Layer], times: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """What part of an engine computes in which precision.
+
+    Args:
+        layers: of the engine.
+        times: mean milliseconds of each by name; may be empty.
+
+    Returns:
+        precision -> `layers` (how many), `weighted_layers`, `share` of all layers, `time_share`; fractions of 1.
+    """
+    total = sum(times.values())
+    shares: dict[str, dict[str, Any]] = {}
+    for name in sorted({layer.precision for layer in layers}):
+        mine = [layer for layer in layers if layer.precision == name]
+        shares[name] = {
+            "layers": len(mine),
+            "weighted_layers": sum(layer.weighted for layer in mine),
+            "share": len(mine) / len(layers),
+        }
+        if total > 0:
+            shares[name]["time_share"] = sum(times.get(layer.name, 0.0) for layer in mine) / total
+    return shares
+
+
+def missing_precision(precision: str, shares: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why an engine is not in the precision asked for, as a sentence; None where it is.
+
+    INT8 and FP16 must be there in a layer with weights; where TensorRT tells of no weights at all, in any layer.
+    """
+    if precision == "fp32":
+        return None
+    wanted = {"int8": "INT8", "fp16": "FP16"}[precision]
+    key = "weighted_layers" if any(share["weighted_layers"] for share in shares.values()) else "layers"
+    if shares.get(wanted, {}).get(key, 0) > 0:
+        return None
+    found = ", ".join("{:.0%} {}".format(share["share"], name) for name, share in shares.items()) or "nothing"
+    return f"{wanted} was asked for and no layer with weights computes in it; by layers it is {found}"

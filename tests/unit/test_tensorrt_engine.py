@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdcompress import cuda_driver, tensorrt_engine
+from kdcompress.tensorrt_engine import BuildOptions, Engine, EngineError, build_engine, describe_here, refusal
+from kdcompress.tensorrt_layers import precision_shares
+from tests.unit.stand_in_tensorrt import CLASSES, make_tensorrt
+from tests.unit.tensorrt_source import names_used, read_table
+
+TABLE = read_table()
+GUARDED = {
+    *("BuilderFlag.FP16", "BuilderFlag.INT8", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH"),  # not in 11
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",  # from 9 on
+    *("BuilderFlag.VERSION_COMPATIBLE", "HardwareCompatibilityLevel", "HardwareCompatibilityLevel.AMPERE_PLUS"),
+    *("IBuilderConfig.builder_optimization_level", "IBuilderConfig.hardware_compatibility_level"),  # from 8.6 on
+    "Runtime.engine_host_code_allowed",
+}
+"""Names that some version lacks; the source asks before it uses one."""
+LAYERS = json.dumps(
+    {
+        "Layers": [
+            {"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": "Int8", "Count": 9}},
+            {"Name": "copy", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Row major linear FP32"}]},
+        ]
+    }
+)
+HERE = {"tensorrt": "10.3.0", "gpu": "Orin", "compute_capability": "8.7"}
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
+    source = Path(__file__).with_name("stand_in_cuda.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return str(library)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, driver: str, version: str, **behaviour: Any) -> Any:
+    """A GPU and a TensorRT of that version that are none."""
+    trt = make_tensorrt(version, TABLE[version], layers=LAYERS, **behaviour)
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", driver)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    trt.__spec__ = importlib.util.spec_from_loader("tensorrt", None)
+    return trt
+
+
+def test_every_name_is_one_that_the_real_modules_have() -> None:
+    used = names_used()
+    assert len(used) > 50
+    for version, names in TABLE.items():
+        assert used - names <= GUARDED, version
+    assert all(any(name in names for names in TABLE.values()) for name in used)
+    assert {name for names in TABLE.values() for name in names} <= used, "a name that is no longer used"
+
+
+def test_the_table_is_what_an_installed_module_says() -> None:
+    trt = pytest.importorskip("tensorrt")
+    version = next((v for v in TABLE if trt.__version__.startswith(v)), None)
+    if version is None:
+        pytest.skip(f"no column for {trt.__version__}")
+    for name in set().union(*TABLE.values()):
+        holder: Any = trt
+        for part in name.split("."):
+            holder = getattr(holder, part, None)
+        assert (holder is not None) == (name in TABLE[version]), name
+
+
+def test_without_a_driver_nothing_touches_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", "libcuda-that-is-not-there.so.1")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it would fail
+    assert "no NVIDIA driver" in (tensorrt_engine.why_not_here() or "")
+    for call in (describe_here, lambda: build_engine(b"", "fp32", BuildOptions()), lambda: Engine(b"", HERE)):
+        with pytest.raises(EngineError, match="no NVIDIA driver"):
+            call()
+
+
+@pytest.mark.parametrize(("gpus", "said"), [("0", "no GPU"), ("-1", "no CUDA-capable device is detected")])
+def test_a_driver_without_a_gpu_is_told_apart(
+    driver: str, gpus: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", driver)
+    monkeypatch.setenv("STAND_IN_GPUS", gpus)
+    assert said in (tensorrt_engine.why_not_here() or "")
+
+
+def test_a_gpu_is_described_and_its_memory_copies(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", driver)
+    gpu = cuda_driver.find_gpu()
+    assert (gpu.name, gpu.compute_capability, gpu.driver, gpu.memory_mb) == ("Stand-in GPU", "8.7", "12.6", 8000)
+    assert gpu.integrated
+    cuda = cuda_driver.Cuda()
+    array, back = np.arange(6, dtype=np.float32), np.zeros(6, np.float32)
+    address = cuda.allocate(array.nbytes)
+    cuda.copy_in(address, array)
+    cuda.copy_out(back, address)
+    cuda.synchronize()
+    assert np.array_equal(array, back)
+    assert cuda.time_ms(lambda: None) == 1.5
+    with pytest.raises(cuda_driver.CudaMemoryError, match="out of memory"):
+        cuda.allocate(2 * 10**9)
+    cuda.free(address)
+
+
+@pytest.mark.parametrize("version", TABLE)
+def test_one_way_builds_and_runs_in_every_version(version: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = stand_in(monkeypatch, driver, version)
+    content, cache = build_engine(b"graph", "int8", BuildOptions(1, 2, 4, workspace_mb=64), b"old")
+    assert (cache, trt.asked["cache"], trt.asked["workspace"]) == (b"cache", b"old", 64 << 20)
+    assert trt.asked["shapes"] == ((1, 3, 2, 2), (2, 3, 2, 2), (4, 3, 2, 2))
+    flags = trt.asked["flags"]
+    if version.startswith("8."):
+        assert (trt.asked["network"], flags) == (1, ["no TF32", "FP16", "INT8"]), "explicit batch, and flags"
+    else:
+        assert (trt.asked["network"], flags) == (2, ["no TF32"]), "strongly typed, and no flags"
+    here = describe_here()
+    assert here == {"tensorrt": version, "gpu": "Stand-in GPU", "compute_capability": "8.7"}
+    engine = Engine(content, here)
+    images = np.random.default_rng(0).random((5, 3, 2, 2), dtype=np.float32)
+    assert np.array_equal(engine(images), images.reshape(5, -1)[:, :CLASSES]), "in calls of two"
+    assert engine.time_gpu(images[:1], 3) == [1.5] * 3
+    shares = precision_shares(engine.layers(images[:1]), engine.layer_times(images[:1]))
+    assert {name: (share["layers"], share["time_share"]) for name, share in shares.items()} == {
+        "INT8": (1, 0.5),
+        "FP32": (1, 0.5),
+    }
+    with pytest.raises(EngineError, match="does not take images of shape"):
+        engine(np.zeros((1, 3, 4, 4), np.float32))
+
+
+def test_options_that_a_version_lacks_are_named(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        BuildOptions(builder_level=3),
+        BuildOptions(version_compatible=True),
+        BuildOptions(hardware_compatible=True),
+    ]
+    stand_in(monkeypatch, driver, "8.5.1")
+    for option in options:
+        with pytest.raises(EngineError, match=r"TensorRT 8\.5\.1 has no"):
+            build_engine(b"graph", "fp32", option)
+    trt = stand_in(monkeypatch, driver, "8.6.0")
+    for option in options:
+        build_engine(b"graph", "fp32", option)
+    assert trt.asked["flags"] == ["no TF32", "no TF32", "VERSION_COMPATIBLE", "no TF32"]
+    assert trt.asked["config"].hardware_compatibility_level.name == "AMPERE_PLUS"
+
+
+def test_what_tensorrt_says_is_passed_on(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, driver, "10.3.0", unread="In node 3:\n unsupported Einsum")
+    with pytest.raises(EngineError, match=r"does not read this graph: In node 3: unsupported Einsum"):
+        build_engine(b"graph", "fp32", BuildOptions())
+    stand_in(monkeypatch, driver, "10.3.0", error="Error Code 2: OutOfMemory (requested size 1)")
+    with pytest.raises(EngineError, match=r"built no engine: out of memory") as caught:
+        build_engine(b"graph", "fp32", BuildOptions())
+    assert "smaller" in caught.value.fix
+    stand_in(monkeypatch, driver, "10.3.0", error="Could not find any implementation for node conv")
+    with pytest.raises(EngineError, match="Could not find any implementation"):
+        build_engine(b"graph", "fp32", BuildOptions())
+
+
+def test_an_engine_from_elsewhere_is_refused_before_it_is_opened(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = stand_in(monkeypatch, driver, "10.3.0")
+    del trt.Runtime  # whoever opened it would fail
+    with pytest.raises(EngineError, match=r"built by TensorRT 8\.6\.0, here is 10\.3\.0"):
+        Engine(b"engine", {**HERE, "tensorrt": "8.6.0"})
+    with pytest.raises(EngineError, match="built for the GPU Orin, here is Stand-in GPU"):
+        Engine(b"engine", HERE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"tensorrt": "10.3.0.26"}, None),
+        ({"tensorrt": "10.2.0"}, "TensorRT 10.2.0"),
+        ({"tensorrt": "10.2.0", "version_compatible": True}, None),
+        ({"tensorrt": "10.4.0", "version_compatible": True}, "TensorRT 10.4.0"),
+        ({"tensorrt": "8.6.0", "version_compatible": True}, "TensorRT 8.6.0"),
+        ({"gpu": "NVIDIA L4"}, "GPU NVIDIA L4"),
+        ({"gpu": "NVIDIA L4", "compute_capability": "8.9", "hardware_compatible": True}, None),
+        ({"compute_capability": "7.2"}, "compute capability 7.2"),
+        ({"tensorrt": None}, "TensorRT None"),
+    ],
+)
+def test_where_an_engine_may_be_opened(changes: dict[str, Any], said: str | None) -> None:
+    found = refusal({**HERE, **changes}, HERE)
+    assert found is None if said is None else said in (found or "")
+
+
+def test_options_are_checked() -> None:
+    for wrong in ((0, 1, 1), (2, 1, 4), (1, 8, 4)):
+        with pytest.raises(EngineError, match="batch sizes"):
+            BuildOptions(*wrong)
+    with pytest.raises(EngineError, match="builder level 6"):
+        BuildOptions(builder_level=6)
