@@ -75,7 +75,10 @@ class LiveTeachers:
             _Wanted(one, forms) for one, forms in zip(prepared, self._forms, strict=True)
         ]
         if execution.compiled:
-            self._asked = [self._in_blocks(torch.compile(one, dynamic=False)) for one in self._asked]
+            # "freezing": the weights never change, so they may be laid out for the kernels once.
+            self._asked = [
+                self._in_blocks(torch.compile(one, dynamic=False, options={"freezing": True})) for one in self._asked
+            ]
 
     def __call__(self, batch: Batch) -> EnsembleOutputs:
         """What each teacher, or the one drawn, says of a batch, in fp32."""

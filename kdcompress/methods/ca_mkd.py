@@ -18,13 +18,15 @@ Loss
     normalise: sum lets the weights of an image sum to 1 in both terms, so that the strength of the teachers is that of
     every other method. official divides both by m once more, as the released code does; with the published weights of
     the terms that is what was published.
+    hint_pool: map compares position by position, pooled the maps' means over the positions, which a cache can hold.
     loss, standardise, mix: as for `avg-kd`.
 Paper
     Zhang, Chen and Wang, ICASSP 2022, arXiv 2201.00007. The released code leaves the hints out of the first of 240
     epochs (here hint_from=0.0042) and lets gradients flow through v.
 Use
     For teachers of different quality, with labels. Any teacher takes part in the soft targets; in the hints those whose
-    classifier can be split off, which is tried when the run begins and said.
+    classifier can be split off, which is tried when the run begins and said; with hint_pool=pooled those whose
+    classifier reads nothing but the mean over the positions.
 Cost
     Beside the teachers' passes one 1×1 convolution per teacher and one pass through its classifier.
 """
@@ -41,10 +43,21 @@ from torch import Tensor, nn
 
 from kdcompress.errors import ShapeError
 from kdcompress.logit_losses import LogitLoss, LossName, Mix
-from kdcompress.losses import cross_entropy, full_precision, without_autocast
+from kdcompress.losses import cross_entropy, full_precision, global_average, without_autocast
 from kdcompress.methods.base import Method
 from kdcompress.regressors import Regressor
-from kdcompress.types import FeatureMap, FeatureShape, Head, LossTerms, Needs, NetworkShapes, Scalar, Step, Term
+from kdcompress.types import (
+    FeatureForm,
+    FeatureMap,
+    FeatureShape,
+    Head,
+    LossTerms,
+    Needs,
+    NetworkShapes,
+    Scalar,
+    Step,
+    Term,
+)
 from kdcompress.weightings.base import describe_weights, teachers_of
 from kdcompress.weightings.confidence import Confidence, asked_labels, confidence
 
@@ -62,6 +75,7 @@ class CAMKD(Method):
         soft_target_weight: called α in the paper.
         hint_weight: called β in the paper.
         hint_from: the progress from which the hints act.
+        hint_pool: "map" or "pooled".
         normalise: "sum" or "official".
         loss: "kl", "dkd" or "dist".
         standardise: bring each network's logits to mean 0 and standard deviation 1 first.
@@ -83,6 +97,7 @@ class CAMKD(Method):
         soft_target_weight: Annotated[float, Field(ge=0)] = 1.0,
         hint_weight: Annotated[float, Field(ge=0)] = HINT_WEIGHT,
         hint_from: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        hint_pool: FeatureForm = "map",
         normalise: Literal["sum", "official"] = "sum",
         loss: LossName = "kl",
         standardise: bool = False,
@@ -95,8 +110,11 @@ class CAMKD(Method):
         self.soft_target_weight = soft_target_weight
         self.hint_weight = hint_weight
         self.hint_from = hint_from
+        self.hint_pool = hint_pool
         self.scale = 1 / max(1, len(shapes.teachers)) if normalise == "official" else 1.0
         split_off = {number: head for number, head in enumerate(heads) if head is not None} if hint_weight else {}
+        if hint_pool == "pooled":
+            split_off = {n: head for n, head in split_off.items() if reads_the_mean(head, _last(shapes.teachers[n]))}
         if split_off and not shapes.student:
             raise ShapeError(
                 "the student has no feature maps for hints", fix="name its stages, or method.hint_weight=0"
@@ -117,7 +135,7 @@ class CAMKD(Method):
             labels="soft",
             weights="labels",
             student_features=("*",) if hints else (),
-            teacher_features={"*": "map"} if hints else {},
+            teacher_features={"last": options.get("hint_pool", "map")} if hints else {},
             teacher_heads=hints,
             mixup_allowed=options.get("loss") != "dkd",
         )
@@ -138,10 +156,13 @@ class CAMKD(Method):
     def _hint_errors(self, step: Step) -> Scalar:
         teachers, labels = teachers_of(step), asked_labels(step)
         source = full_precision(list(step.student.features.values())[-1])
+        pooled = self.hint_pool == "pooled"
+        source = global_average(source) if pooled else source
         errors, answers = [], []
         for features, number in zip(teachers.features, teachers.teacher_ids, strict=True):
             if number in self.heads:
                 hint = full_precision(list(features.values())[-1])
+                hint = global_average(hint) if pooled else hint
                 regressed = full_precision(self.regressors[str(number)](resize(source, hint.shape[2], hint.shape[3])))
                 errors.append((regressed - hint).square().mean((1, 2, 3)))
                 with torch.no_grad(), without_autocast(regressed):
@@ -149,6 +170,19 @@ class CAMKD(Method):
         weights = confidence(torch.stack(answers, 1), labels)
         labelled = labels.sum(1)
         return (labelled * (weights * torch.stack(errors, 1)).sum(1)).sum() / labelled.sum().clamp_min(1.0)
+
+
+@torch.no_grad()
+def reads_the_mean(head: Head, shape: FeatureShape) -> bool:
+    """Whether a classifier answers the same when it is given a map's mean over the positions, as a 1 × 1 map."""
+    features = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    for device in ("cpu", "cuda"):
+        try:
+            whole = head(features.to(device))
+            return torch.allclose(head(global_average(features).to(device)), whole, rtol=1e-3, atol=1e-4)
+        except (RuntimeError, AssertionError):  # it is on the other device, or takes no 1 × 1 map
+            continue
+    return False
 
 
 def resize(features: FeatureMap, height: int, width: int) -> Tensor:

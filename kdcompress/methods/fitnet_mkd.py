@@ -8,8 +8,8 @@ Loss
     hints          mean over the teachers of the mean of (r_t(F_S) - F_t)², weight 100
 
     F are the maps of the middle stage of each network, the second of three; r_t is a trained 1×1 convolution, batch
-    norm and ReLU. The larger of two maps is average-pooled to the size of the smaller. loss, standardise, mix: as for
-    `avg-kd`.
+    norm and ReLU. The larger of two maps is average-pooled to the size of the smaller. hint_pool: pooled takes the
+    maps' means over the positions, which a cache can hold. loss, standardise, mix: as for `avg-kd`.
 Paper
     Romero et al., FitNets: hints for thin deep nets, ICLR 2015, arXiv 1412.6550; for several teachers the baseline of
     Zhang, Chen and Wang, arXiv 2201.00007, whose weight 100 this is. In their released code the hints have no gradient,
@@ -31,10 +31,10 @@ from torch import nn
 
 from kdcompress.errors import ShapeError
 from kdcompress.logit_losses import LogitLoss, LossName, Mix
-from kdcompress.losses import align, cross_entropy, full_precision
+from kdcompress.losses import align, cross_entropy, full_precision, global_average
 from kdcompress.methods.base import Method
 from kdcompress.regressors import Regressor
-from kdcompress.types import FeatureShape, Head, LossTerms, Needs, NetworkShapes, Scalar, Step, Term
+from kdcompress.types import FeatureForm, FeatureShape, Head, LossTerms, Needs, NetworkShapes, Scalar, Step, Term
 from kdcompress.weightings.base import teachers_of
 from kdcompress.weightings.uniform import Uniform
 
@@ -48,6 +48,7 @@ class FitNetMKD(Method):
         temperature: T of the soft targets.
         label_weight: weight of the cross entropy to the labels, beside 1 for the soft targets.
         hint_weight: weight of the hints.
+        hint_pool: "map" compares position by position, "pooled" the maps' means over the positions.
         loss: "kl", "dkd" or "dist".
         standardise: bring each network's logits to mean 0 and standard deviation 1 first.
         mix: what is averaged: "losses" (one for each teacher), "targets" (probabilities) or "logits".
@@ -66,6 +67,7 @@ class FitNetMKD(Method):
         temperature: Annotated[float, Field(gt=0)] = 4.0,
         label_weight: Annotated[float, Field(ge=0)] = 1.0,
         hint_weight: Annotated[float, Field(gt=0)] = 100.0,
+        hint_pool: FeatureForm = "map",
         loss: LossName = "kl",
         standardise: bool = False,
         mix: Mix = "losses",
@@ -75,6 +77,7 @@ class FitNetMKD(Method):
         self.logit_loss = LogitLoss(loss, temperature, standardise, mix, shapes.num_classes)
         self.label_weight = label_weight
         self.hint_weight = hint_weight
+        self.hint_pool = hint_pool
         self.student_stage = middle_stage(shapes.student, "the student")
         self.teacher_stages = [
             middle_stage(stages, f"teacher {number}") for number, stages in enumerate(shapes.teachers, start=1)
@@ -88,7 +91,11 @@ class FitNetMKD(Method):
     @classmethod
     def needs(cls, **options: Any) -> Needs:
         """Feature maps of both sides."""
-        return Needs(student_features=("*",), teacher_features={"*": "map"}, mixup_allowed=options.get("loss") != "dkd")
+        return Needs(
+            student_features=("*",),
+            teacher_features={"*": options.get("hint_pool", "map")},
+            mixup_allowed=options.get("loss") != "dkd",
+        )
 
     def forward(self, step: Step) -> LossTerms:
         """The terms of the card."""
@@ -105,7 +112,8 @@ class FitNetMKD(Method):
         teachers, errors = teachers_of(step), []
         source = full_precision(step.student.features[self.student_stage])
         for features, number in zip(teachers.features, teachers.teacher_ids, strict=True):
-            student, hint = align(source, full_precision(features[self.teacher_stages[number]]))
+            hint = full_precision(features[self.teacher_stages[number]])
+            student, hint = align(source, global_average(hint) if self.hint_pool == "pooled" else hint)
             errors.append((full_precision(self.regressors[number](student)) - hint).square().mean())
         return torch.stack(errors).mean()
 

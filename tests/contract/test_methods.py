@@ -37,9 +37,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"mix": "losses", "loss": "dist"},
     ],
     "ctsl-mkt": [{}, {"relations": "features"}],
-    "ca-mkd": [{}, {"normalise": "official"}, {"loss": "dkd"}],
+    "ca-mkd": [{}, {"hint_pool": "pooled"}, {"normalise": "official"}, {"loss": "dkd"}],
     "ae-kd": [{}, {"loss": "dkd"}],
-    "fitnet-mkd": [{}, {"loss": "dist"}],
+    "fitnet-mkd": [{}, {"hint_pool": "pooled"}, {"loss": "dist"}],
     "rkd": [{}, {"relations": "logits"}],
     "weighted-kd": [{"weighting": name} for name in list_weightings()],
 }

@@ -183,6 +183,30 @@ def test_the_hints_may_begin_later() -> None:
     assert "hints" in method(make_step(shapes, progress=0.5)).terms
 
 
+def test_pooled_hints_are_those_of_the_mean_maps() -> None:
+    shapes = make_shapes()
+    method, step = CAMKD(shapes, make_heads(shapes), hint_pool="pooled"), make_step(shapes)
+    assert CAMKD.needs(hint_pool="pooled").teacher_features == {"last": "pooled"}
+    assert step.teachers is not None
+    student = step.student.features["stage3"].mean((2, 3), keepdim=True)
+    errors, answers = [], []
+    for number, (features, head) in enumerate(zip(step.teachers.features, make_heads(shapes), strict=True)):
+        mean = array(features["stage3"].mean((2, 3), keepdim=True))
+        regressed = regress(method, number, array(student))
+        errors.append(((regressed - mean) ** 2).mean((1, 2, 3)))
+        answers.append(array(head(torch.from_numpy(regressed).float())))
+    weights = confidence_oracle(np.stack(answers, 1), step.labels.tolist())
+    expected = (weights * np.stack(errors, 1)).sum(1).mean()
+    assert float(method(step).terms["hints"].value.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_head_that_reads_positions_has_no_part_in_pooled_hints() -> None:
+    shapes = make_shapes()
+    heads: list[Head] = [*make_heads(shapes)[:2], lambda features: features.flatten(1)[:, :5]]
+    assert list(CAMKD(shapes, heads, hint_pool="pooled").regressors) == ["0", "1"]
+    assert list(CAMKD(shapes, heads).regressors) == ["0", "1", "2"]
+
+
 def test_needs() -> None:
     assert CAMKD.needs().teacher_heads
     assert not CAMKD.needs(hint_weight=0.0).teacher_heads
