@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -304,8 +304,21 @@ def model_metadata(bundle: Bundle, provenance: tuple[Mapping[str, Any], ...]) ->
         "arch": bundle.arch,
         "classes": json.dumps(bundle.classes, ensure_ascii=False),
         "preprocess": json.dumps(asdict(bundle.preprocess)),
+        "interface": json.dumps(asdict(bundle.interface)),
         "provenance": json.dumps(provenance, ensure_ascii=False),
+        "licences": json.dumps(sorted(set(_licences(provenance))), ensure_ascii=False),
     }
+
+
+def _licences(value: Any) -> Iterator[str]:
+    """Every licence that stands anywhere in a provenance: of the start's weights, of each teacher's."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("licence"), str):
+            yield value["licence"]
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for inner in value:
+            yield from _licences(inner)
 
 
 def read_bundle(path: Path) -> Bundle:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from kdcompress.bundle import InputLayout, OutputKind
 
 
 def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int, int]:
@@ -25,6 +29,12 @@ def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @click.option("--device", "target", flag_value="device", help="A folder that runs, checks and measures on a device.")
 @click.option("--for", "profile", metavar="PROFILE", default="auto", show_default=True, help="kdcompress ls profiles.")
 @click.option("--data", metavar="DATA", help="Images to compare on, where no run says which [default: the run's].")
+@click.option("--batch", metavar="N", type=click.IntRange(min=1), help="A fixed batch size [default: any].")
+@click.option("--opset", metavar="N", type=click.IntRange(min=13), help="[default: the profile's]")
+@click.option(
+    "--input", "layout", type=click.Choice(["float-nchw", "uint8-nhwc"]), default="float-nchw", show_default=True
+)
+@click.option("--output", type=click.Choice(["logits", "probabilities"]), default="logits", show_default=True)
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Bundle to write [default: in the run].")
 @click.option(
     "--golden-images", metavar="N", default=0, type=click.IntRange(min=0), help="--device: N real images too."
@@ -41,6 +51,10 @@ def command(
     target: str,
     profile: str,
     data: str | None,
+    batch: int | None,
+    opset: int | None,
+    layout: InputLayout,
+    output: OutputKind,
     out: Path | None,
     golden_images: int,
     require_engine: bool,
@@ -55,10 +69,17 @@ def command(
 
     Without RUN the newest run under runs/ is taken; of its bundles the fp32 student.
     """
+    from kdcompress.bundle import Interface
+    from kdcompress.errors import InputError
+
+    interface = Interface(layout, output, batch)
+    if target != "onnx" and (interface.changes or opset):
+        what = "--batch, --opset, --input and --output are of --onnx"
+        raise InputError(what, fix=f"export --onnx with them, then --{target} of that bundle")
     if target == "onnx":
         from kdcompress.pipeline.deploy import export
 
-        export(source, target=target, profile=profile, data=data, out=out)
+        export(source, target=target, profile=profile, data=data, out=out, interface=interface, opset=opset)
     elif target == "device":
         from kdcompress.pipeline.device import export_device
 

@@ -48,7 +48,10 @@ class _OnnxTarget:
 
         def write_model(path: Path) -> None:
             metadata = model_metadata(bundle, provenance)
-            write_onnx(network, bundle.preprocess.image_shape, path, opset=profile.opset, metadata=metadata)
+            made = write_onnx(network, bundle.preprocess.image_shape, path, opset=profile.opset, metadata=metadata)
+            if made > profile.newest_opset:
+                what = f"this network needs opset {made}, {profile.newest_opset} is the newest wanted"
+                raise VerificationError(what, where=str(bundle.path), fix="another student, or a newer runtime")
             verify(path, network, images)
 
         return write_bundle(
@@ -71,8 +74,8 @@ TARGET = _OnnxTarget()
 
 def write_onnx(
     network: nn.Module, image_shape: FeatureShape, path: Path, *, opset: int, metadata: Mapping[str, str]
-) -> None:
-    """Writes a module as one ONNX file and checks it by onnx's checker and by shape inference.
+) -> int:
+    """Writes a module as one ONNX file and checks it by onnx's checker and by shape inference; answers its opset.
 
     Args:
         network: images in [0, 1] → logits, in eval mode, on the CPU.
@@ -87,7 +90,7 @@ def write_onnx(
     """
     import onnx
 
-    model = _export(network, image_shape)
+    model = _export(network, image_shape, max(opset, _EXPORTER_OPSET))
     onnx_graph.keep_global_pooling(model)
     onnx_graph.shortcuts_as_convolutions(model)
     onnx_graph.drop_unused_initializers(model)
@@ -104,9 +107,10 @@ def write_onnx(
         if value.type.tensor_type.shape.dim[0].dim_value:
             raise VerificationError(f"the batch size of {value.name} became fixed during export")
     path.write_bytes(model.SerializeToString(deterministic=True))
+    return onnx_graph.opset_of(model)
 
 
-def _export(network: nn.Module, image_shape: FeatureShape) -> Any:
+def _export(network: nn.Module, image_shape: FeatureShape, opset: int) -> Any:
     example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -118,7 +122,7 @@ def _export(network: nn.Module, image_shape: FeatureShape) -> Any:
                 network,
                 (example,),
                 dynamo=True,
-                opset_version=_EXPORTER_OPSET,
+                opset_version=opset,
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from kdcompress.bundle import Bundle
-from kdcompress.export import find_target, walk
+from kdcompress.bundle import PLAIN, Bundle, Interface
+from kdcompress.errors import InputError
+from kdcompress.export import change_interface, find_target, walk
 from kdcompress.files import require_empty
 from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile, find_images, find_source
 from kdcompress.pipeline.base import console
@@ -15,9 +17,25 @@ from kdcompress.quantize.fp16 import Fp16Quantizer
 
 
 def export(
-    source: Path | None, *, target: str, profile: str = "auto", data: str | None = None, out: Path | None = None
+    source: Path | None,
+    *,
+    target: str,
+    profile: str = "auto",
+    data: str | None = None,
+    out: Path | None = None,
+    interface: Interface = PLAIN,
+    opset: int | None = None,
 ) -> Bundle:
     """Writes a student in another format, beside it unless `out` says where.
+
+    Args:
+        source: a run or a bundle; by default the newest run. Of an ONNX bundle another interface can be written.
+        target: the format.
+        profile: what it is for.
+        data: where the images to compare on come from, if not from the run.
+        out: the bundle to write.
+        interface: how an ONNX file is to be spoken to.
+        opset: of an ONNX file; by default the profile's.
 
     Raises:
         InputError: there is nothing to export, or no way to the target.
@@ -26,10 +44,24 @@ def export(
     if out is not None:
         require_empty(out)
     start, chosen = find_source(source), choose_profile(profile)
-    kind = find_target(target).makes
+    if opset is not None:
+        if start.bundle.kind == "onnx":
+            raise InputError("the opset of an ONNX bundle stays as it is", where="--opset", fix="export the student")
+        if opset > chosen.newest_opset:
+            raise InputError(f"{chosen.name} reads opsets up to {chosen.newest_opset}, not {opset}", where="--opset")
+        chosen = replace(chosen, opset=opset, newest_opset=opset)
     images = find_images(start, data)[:VERIFIED_IMAGES]
-    folder = out or start.folder / f"{kind}-{start.bundle.precision}"
-    bundle = walk(start.bundle, target, folder, profile=chosen, images=images, replace=out is None)
+    plain = f"{find_target(target).makes}-{start.bundle.precision}"
+    name = start.bundle.path.name if start.bundle.kind == "onnx" else plain
+    folder = out or start.folder / f"{name}{interface.changes}"
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = start.bundle
+        if not interface.changes:
+            bundle = walk(bundle, target, folder, profile=chosen, images=images, replace=out is None)
+        else:
+            if bundle.kind != "onnx":
+                bundle = walk(bundle, target, Path(scratch) / plain, profile=chosen, images=images)
+            bundle = change_interface(bundle, folder, interface, images=images, replace=out is None)
     console().print(f"{bundle.path} · {bundle.size_mb:.3f} MB · answers as {start.bundle.path.name} does")
     return bundle
 

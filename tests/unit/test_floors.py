@@ -40,6 +40,7 @@ FLOORS = (
         "regressors",
         "measurement",
         "folding",
+        "onnx_interface",
     },
     {"networks", "methods", "gate", "headroom"},
     {"init", "runtimes", "training_step", "live_teachers"},

@@ -54,7 +54,7 @@ def test_the_bundle_says_what_was_done(int8_bundle: Bundle) -> None:
     assert step["calibration"] == {"method": "minmax", "images": 200, "digest": images_digest(digits()[0][:200])}
     assert step["reduce_range"] == PROFILE.reduces_range(instruction_sets())
     metadata = {item.key for item in onnx.load(int8_bundle.model_path).metadata_props}
-    assert metadata == {"arch", "classes", "preprocess", "provenance"}
+    assert metadata == {"arch", "classes", "interface", "licences", "preprocess", "provenance"}
 
 
 def test_every_convolution_is_int8_with_a_scale_for_each_channel(int8_bundle: Bundle) -> None:
