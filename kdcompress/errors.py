@@ -15,7 +15,8 @@
         ├── NonFiniteError           a loss that is not a finite number
         ├── InterruptedRunError      Ctrl-C; the state was saved
         ├── DownloadError            published weights that could not be fetched
-        └── VerificationError        what was written does not answer as its source does
+        ├── VerificationError        what was written does not answer as its source does
+        └── GateError                what was made is slower or worse than allowed
 
 A message says what is wrong (with both values), where, and what would be right.
 """
@@ -107,6 +108,10 @@ class DownloadError(RunError):
 
 class VerificationError(RunError):
     """What was written does not answer as its source does."""
+
+
+class GateError(RunError):
+    """What was made is slower than what it replaces, or worse than allowed; nothing was kept."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -8,20 +8,25 @@ by the lower end of its interval. Accuracy: the drop on the same images has the 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from kdcompress.errors import DataError
+from kdcompress.errors import BundleError, DataError
 from kdcompress.evaluate import Z95, paired_difference
 
 Answer: TypeAlias = Literal["pass", "fail", "cannot decide", "unmeasured on target"]
 
+GATE_FILE: Final = "gate.json"
+"""Beside `bundle.json`: the verdict on that bundle, and what it rests on."""
 LEAST_RESTARTS = 5
 """Processes below which nothing is said about speed: memory layout differs from one to the next."""
 _MOST_IMAGES = 1_000_000
@@ -83,6 +88,7 @@ class Verdict:
         speed_ups: one for each rival; empty where it was not measured on the target.
         more_images: roughly how many more images would decide; None where none are missing.
         measured_on: the runtime and machine of the speed-ups.
+        failures: those of the reasons for which it fails.
     """
 
     answer: Answer
@@ -93,10 +99,14 @@ class Verdict:
     speed_ups: tuple[SpeedUp, ...]
     more_images: int | None
     measured_on: str
+    failures: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.answer}: {' '.join(self.reasons)}"
 
 
 def speed_up(
@@ -168,6 +178,7 @@ def judge(
         unjudged: why there is no drop, as a sentence.
     """
     reasons: list[str] = []
+    failures: list[str] = []
     answers: set[Answer] = set()
     more = None
     if drop is None:
@@ -178,8 +189,8 @@ def judge(
         if drop.high <= max_drop:
             reasons.append(f"Accuracy: {said}: within {100 * max_drop:g}.")
         elif drop.low > max_drop:
-            answers.add("fail")
-            reasons.append(f"Accuracy: {said}: more than the {100 * max_drop:g} allowed.")
+            failures.append(f"Accuracy: {said}: more than the {100 * max_drop:g} allowed.")
+            reasons.append(failures[-1])
         else:
             answers.add("cannot decide")
             more = images_needed(drop, max_drop) - drop.n
@@ -200,12 +211,53 @@ def judge(
         elif found.low > min_speed_up:
             reasons.append(f"Speed: {said}.")
         else:
-            answers.add("fail")
             wanted = "measurably faster" if min_speed_up == 1 else f"measurably {min_speed_up:g} × as fast"
-            reasons.append(f"Speed: {said}: not {wanted}.")
+            failures.append(f"Speed: {said}: not {wanted}.")
+            reasons.append(failures[-1])
+    if failures:
+        answers.add("fail")
     order: tuple[Answer, ...] = ("fail", "unmeasured on target", "cannot decide")
     answer: Answer = next((one for one in order if one in answers), "pass")
-    return Verdict(answer, tuple(reasons), max_drop, min_speed_up, drop, tuple(speed_ups), more, measured_on)
+    return Verdict(
+        answer, tuple(reasons), max_drop, min_speed_up, drop, tuple(speed_ups), more, measured_on, tuple(failures)
+    )
+
+
+def write_verdict(folder: Path, verdict: Verdict, bundle: str, evidence: Mapping[str, Any]) -> None:
+    """Writes `gate.json` into a bundle's folder.
+
+    Args:
+        folder: the bundle's.
+        verdict: what the gate says.
+        bundle: the bundle's digest.
+        evidence: what was measured: anything that JSON can hold.
+    """
+    document = {"format": "kdcompress/gate", "schema_version": 1, "bundle": bundle, "verdict": verdict.document()}
+    text = json.dumps(document | {"evidence": dict(evidence)}, indent=2, ensure_ascii=False)
+    (folder / GATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_verdict(folder: Path, bundle: str) -> Verdict | None:
+    """The verdict on a bundle; None where none was written, or it is about a bundle that stood there before.
+
+    Args:
+        folder: the bundle's.
+        bundle: its digest.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    file = folder / GATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if document["bundle"] != bundle:
+            return None
+        found: Verdict = TypeAdapter(Verdict).validate_python(document["verdict"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise BundleError(f"{GATE_FILE} is damaged", where=str(folder), fix="quantize again") from error
+    return found
 
 
 def _points(drop: Drop) -> str:

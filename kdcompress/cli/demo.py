@@ -19,8 +19,8 @@ def command(out: Path | None) -> None:
     Three small teachers, an AMTML-KD student, ONNX, INT8 and the report. A smoke test, not a result.
     """
     from kdcompress.pipeline.base import RunFolder
-    from kdcompress.pipeline.deploy import quantize
     from kdcompress.pipeline.distill import CHECKPOINT, distill, train_network
+    from kdcompress.pipeline.quantize import Limits, quantize
     from kdcompress.pipeline.report import report
 
     folder = RunFolder.create(out, "demo").path
@@ -35,7 +35,7 @@ def command(out: Path | None) -> None:
     run = distill(changes, STUDENT_OVERRIDES, out=folder / "student")
 
     click.secho("\nquantize it", bold=True)
-    quantize(run.path)
+    quantize(run.path, limits=Limits(restarts=0), force=True)
 
     click.secho("\nhold all of them against the ensemble", bold=True)
     report(run.path, restarts=1, smoke_test=True)

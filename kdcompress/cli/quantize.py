@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -16,16 +17,79 @@ import click
 )
 @click.option("--for", "profile", metavar="PROFILE", default="auto", show_default=True, help="kdcompress ls profiles.")
 @click.option("--data", metavar="DATA", help="Calibration images, where the run does not say which [default: its own].")
+@click.option("--holdout", metavar="DIR", help="Labelled images that nobody has seen, to judge the drop on.")
+@click.option(
+    "--calibration",
+    type=click.Choice(["minmax", "entropy", "percentile", "auto"]),
+    default="minmax",
+    show_default=True,
+    help="How the ranges of activations are found; auto tries all on one half of val.",
+)
+@click.option(
+    "--max-drop",
+    metavar="POINTS",
+    type=click.FloatRange(0, 100),
+    default=1.0,
+    show_default=True,
+    help="Of top-1, at the upper end of its interval.",
+)
+@click.option(
+    "--min-speed-up",
+    metavar="X",
+    type=click.FloatRange(min=0.01),
+    default=1.0,
+    show_default=True,
+    help="Over the best of fp32 and fp16, at the lower end of its interval.",
+)
+@click.option("--mixed/--no-mixed", default=True, help="Layers may stay in fp32 [default: where it helps].")
+@click.option("--sensitivity", is_flag=True, help="Measure each layer's, even where nothing asks for it.")
+@click.option(
+    "--reference",
+    type=click.Choice(["student", "ensemble"]),
+    default="student",
+    show_default=True,
+    help="Whose answers the sensitivity is held against.",
+)
+@click.option("--batch-size", metavar="N", default=1, show_default=True, type=click.IntRange(min=1), help="For speed.")
+@click.option("--threads", metavar="N", default=1, show_default=True, type=click.IntRange(min=1), help="For speed.")
+@click.option(
+    "--restarts",
+    metavar="N",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Processes for speed, 5 or more; 0 measures nothing, and recommends nothing.",
+)
+@click.option("--force", is_flag=True, help="Keep what fails the gate.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Bundle to write [default: in the run].")
 def command(
-    source: Path | None, int8: bool, fp16: bool, autocast: Path | None, profile: str, data: str | None, out: Path | None
+    source: Path | None,
+    int8: bool,
+    fp16: bool,
+    autocast: Path | None,
+    profile: str,
+    data: str | None,
+    holdout: str | None,
+    calibration: Literal["minmax", "entropy", "percentile", "auto"],
+    max_drop: float,
+    min_speed_up: float,
+    mixed: bool,
+    sensitivity: bool,
+    reference: Literal["student", "ensemble"],
+    batch_size: int,
+    threads: int,
+    restarts: int,
+    force: bool,
+    out: Path | None,
 ) -> None:
     """Write an INT8 or fp16 ONNX of a student, made on real training images.
 
-    Without RUN the newest run under runs/ is taken. A torch bundle goes through ONNX on the way.
+    INT8 is kept only if it is measurably faster than the best of fp32 and fp16 on the target and its top-1 drops by no
+    more than allowed; what was found stands in gate.json. Without RUN the newest run under runs/ is taken.
     """
     from kdcompress.errors import InputError
-    from kdcompress.pipeline.deploy import convert_to_fp16, quantize
+    from kdcompress.pipeline.deploy import convert_to_fp16
+    from kdcompress.pipeline.quantize import Limits, quantize
 
     if fp16 and int8:
         what = "--int8 and --fp16 together are two steps"
@@ -35,4 +99,16 @@ def command(
     if fp16:
         convert_to_fp16(source, profile=profile, data=data, out=out, autocast=autocast)
         return
-    quantize(source, profile=profile, data=data, out=out)
+    quantize(
+        source,
+        profile=profile,
+        data=data,
+        holdout=holdout,
+        calibration=calibration,
+        limits=Limits(max_drop / 100, min_speed_up, batch_size, threads, restarts),
+        mixed=mixed,
+        sensitivity=sensitivity,
+        reference=reference,
+        force=force,
+        out=out,
+    )

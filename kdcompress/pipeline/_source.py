@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
-from kdcompress.data import load_splits, unit_interval
+from kdcompress.data import Splits, load_splits, unit_interval
 from kdcompress.errors import InputError, ShapeError
 from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits, require_classes
 from kdcompress.profiles import Profile, default_profile, get_profile
@@ -40,25 +40,41 @@ def find_source(path: Path | None) -> Source:
     return Source(run.student(), run.path, run)
 
 
-def find_images(source: Source, data: str | None) -> Images:
-    """The calibration images: of the data that is named, else of the run's own.
+def find_splits(source: Source, data: str | None, holdout: str | None = None) -> Splits:
+    """The data that is named, else the run's own.
+
+    Args:
+        source: what the images are for.
+        data: where they come from, if not from the run.
+        holdout: labelled images that nobody has seen, if not those of the run.
 
     Raises:
         InputError: neither names any.
-        ShapeError: they are not what the network takes.
+        ShapeError: they are not what the network takes, or of other classes.
     """
     wanted = source.bundle.preprocess
     if data is not None:
-        splits = load_splits(data, image_size=wanted.square_side)
-        require_classes(source.bundle, splits)
+        splits = load_splits(data, image_size=wanted.square_side, holdout=Path(holdout) if holdout else None)
     elif source.run is not None:
-        splits = open_splits(source.run.recipe.data)
+        section = source.run.recipe.data
+        splits = open_splits(section.model_copy(update={"holdout": holdout}) if holdout else section)
     else:
         raise InputError(f"{source.bundle.path} belongs to no run, so its data is not known", where="--data")
+    require_classes(source.bundle, splits)
     if splits.image_shape != wanted.image_shape:
         raise ShapeError(
             f"images of shape {splits.image_shape}, the network takes {wanted.image_shape}", where="--data"
         )
+    return splits
+
+
+def find_images(source: Source, data: str | None) -> Images:
+    """The calibration images of the data that is named, else of the run's own (`find_splits`)."""
+    return calibration_images(find_splits(source, data))
+
+
+def calibration_images(splits: Splits) -> Images:
+    """Training images, as many of each class as there are, always the same ones."""
     return unit_interval(splits.calibration.images.load(splits.calibration.ids))
 
 

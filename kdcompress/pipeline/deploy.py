@@ -1,4 +1,4 @@
-"""From a trained student to what runs elsewhere: `export` and `quantize`."""
+"""From a trained student to what runs elsewhere: `export` and `quantize --fp16`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from kdcompress.export import change_interface, find_target, walk
 from kdcompress.files import require_empty
 from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile, find_images, find_source
 from kdcompress.pipeline.base import console
-from kdcompress.quantize import find_quantizer
 from kdcompress.quantize.fp16 import Fp16Quantizer
 
 
@@ -114,32 +113,4 @@ def convert_to_fp16(
         )
     if chosen.note:
         speak.print(f"note: {chosen.name} {chosen.note}")
-    return made
-
-
-def quantize(source: Path | None, *, profile: str = "auto", data: str | None = None, out: Path | None = None) -> Bundle:
-    """Writes a student with 8-bit integers, by way of ONNX, beside it unless `out` says where.
-
-    The ONNX fp32 stays in the run; with `out` only the INT8 bundle is kept.
-
-    Raises:
-        InputError: there is nothing to quantize.
-        VerificationError: what was written does not run; nothing is kept.
-    """
-    if out is not None:
-        require_empty(out)
-    start, chosen, quantizer = find_source(source), choose_profile(profile), find_quantizer("int8")
-    images = find_images(start, data)
-    bundle = start.bundle
-    folder = out or start.folder / f"onnx-int8-{chosen.name}"
-    with tempfile.TemporaryDirectory() as scratch:
-        if bundle.kind == "torch":
-            between = (start.folder if out is None else Path(scratch)) / f"onnx-{bundle.precision}"
-            few = images[:VERIFIED_IMAGES]
-            bundle = walk(bundle, "onnx", between, profile=chosen, images=few, replace=True)
-        made = quantizer.run(bundle, images, folder, profile=chosen, replace=out is None)
-        console().print(
-            f"{made.path} · {made.size_mb:.3f} MB ({bundle.size_mb / made.size_mb:.1f} × smaller) · "
-            f"calibrated on {len(images)} images"
-        )
     return made

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcompress.onnx_graph import ModelProto
+from kdcompress.onnx_graph import ModelProto, drop_unused_initializers
 
 FOLDED = "images_and_ones"
 """The tensor that the first convolution reads; its values are in [0, 1]."""
@@ -68,4 +68,5 @@ def fold_normalisation(model: ModelProto) -> bool:
     graph.node.remove(division)
     graph.node.insert(0, padding)
     graph.ClearField("value_info")
+    drop_unused_initializers(model)
     return True

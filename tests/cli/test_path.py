@@ -20,7 +20,7 @@ def deployed(shop: Shop) -> Path:
     run = shop.folder / "deployed"
     shutil.copytree(shop.folder / "run", run)
     assert "deployed/onnx-fp32" in shop.must("export", "deployed")
-    assert "deployed/onnx-int8-" in shop.must("quantize", "deployed", "--int8", "--for", "auto")
+    assert "deployed/onnx-int8-" in shop.must("quantize", "deployed", "--int8", "--for", "auto", "--restarts", "0")
     said = shop.must("report", "deployed", "--batch-sizes", "1,3", "--restarts", "1")
     assert "deployed/report.json" in said
     return run
@@ -88,7 +88,7 @@ def test_inspect_tells_of_every_format(shop: Shop, deployed: Path) -> None:
 
 
 def test_out_is_written_and_nothing_beside_it(shop: Shop, tmp_path: Path) -> None:
-    must(shop.warm.run("quantize", shop.folder / "run", "--out", "here/ü [b]", folder=tmp_path))
+    must(shop.warm.run("quantize", shop.folder / "run", "--restarts", "0", "--out", "here/ü [b]", folder=tmp_path))
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["ü [b]"]
     assert not list((shop.folder / "run").glob("onnx-*"))
 

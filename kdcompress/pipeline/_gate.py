@@ -1,0 +1,188 @@
+"""What the gate rests on: the images that decide on a drop, and the speed-up over what a bundle replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from kdcompress.bundle import Bundle
+from kdcompress.data import Split, Splits, eval_batches, seen_fraction, unit_interval
+from kdcompress.errors import DataError, InputError
+from kdcompress.evaluate import predict_all
+from kdcompress.gate import Drop, SpeedUp, Verdict, accuracy_drop, judge, speed_up
+from kdcompress.latency import Latency, describe_machine, measure_latency, versions
+from kdcompress.measurement import Measurement
+from kdcompress.profiles import Profile, default_profile
+from kdcompress.runtimes import open_bundle
+from kdcompress.types import UNLABELLED, Images, Labels, Predictor
+
+MOST_IMAGES = 10_000
+"""At most so many images of each half are looked at."""
+_SHOWN_IMAGES = 1024
+_ITERATIONS = 100
+_MAX_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class JudgedImages:
+    """The images that a candidate is chosen on, and the others that it is judged on.
+
+    Args:
+        choose: to choose among candidates.
+        confirm: to judge the chosen one on; None where there are none that the student has not seen.
+        name: what they are, in words: "val" …
+        unjudged: why there is nothing to judge on, as a sentence.
+        note: what a reader of the verdict has to know besides.
+    """
+
+    choose: Split
+    confirm: Split | None
+    name: str
+    unjudged: str = ""
+    note: str = ""
+
+
+def judged_images(splits: Splits, saw_val: bool | None, *, picks: bool) -> JudgedImages:
+    """Which images decide: the held-out ones where there are such, else val unless the student saw it.
+
+    Args:
+        splits: the data.
+        saw_val: whether the student was trained on images of val, or started from weights that were; None: not known.
+        picks: whether there is anything to choose; then one half is for choosing and the other for judging.
+    """
+    if splits.holdout is not None:
+        pool, name = splits.holdout, "holdout"
+    else:
+        pool, name = splits.val, "val"
+        if saw_val:
+            why = "Accuracy: the student saw val, which then hides a drop; it is judged with --holdout only."
+            return JudgedImages(pool.take(MOST_IMAGES), None, name, why)
+    note = ""
+    if splits.holdout is None and saw_val is None:
+        note = "It is not known whether the student saw val: --holdout would tell of a drop for sure."
+    if not picks:
+        whole = pool.take(MOST_IMAGES)
+        return JudgedImages(whole, whole, name, note=note)
+    first, second = halves(pool)
+    return JudgedImages(first.take(MOST_IMAGES), second.take(MOST_IMAGES), f"second half of {name}", note=note)
+
+
+def halves(split: Split) -> tuple[Split, Split]:
+    """Two halves of a split with the classes in the same shares, always the same ones."""
+    first = split.take(len(split) // 2)
+    return first, Split(split.images, split.ids[~torch.isin(split.ids, first.ids)])
+
+
+def student_saw(bundle: Bundle, val: Split) -> bool | None:
+    """Whether a bundle's network was trained on images of val, by the digests that it carries; None without them."""
+    digests = bundle.training_digests()
+    return None if digests is None else seen_fraction(digests, val) > 0
+
+
+def load_images(split: Split, limit: int = _SHOWN_IMAGES) -> Images:
+    """Images of a split in [0, 1], classes in the same shares."""
+    few = split.take(limit)
+    return unit_interval(few.images.load(few.ids))
+
+
+def load_labelled(split: Split, limit: int) -> tuple[Images, Labels]:
+    """Labelled images of a split in [0, 1] and their labels, classes in the same shares.
+
+    Raises:
+        DataError: none has a label.
+    """
+    labelled = Split(split.images, split.ids[split.labels != UNLABELLED]).take(limit)
+    if not len(labelled):
+        raise DataError("there is no labelled image to choose on")
+    return load_images(labelled, limit), labelled.labels
+
+
+def find_drop(source: Predictor, model: Predictor, judged: JudgedImages, num_classes: int) -> Drop | None:
+    """The drop on the images that decide; None where there are none."""
+    if judged.confirm is None:
+        return None
+    right = []
+    for predictor in (source, model):
+        logits, labels = predict_all(predictor, eval_batches(judged.confirm, num_classes))
+        right.append(logits.argmax(1) == labels)
+    return accuracy_drop(right[0], right[1], judged.name)
+
+
+def runs_here(profile: Profile) -> bool:
+    """Whether a measurement on this machine says anything about what the profile is for."""
+    return profile.name == default_profile().name
+
+
+def race(
+    bundles: Mapping[str, Bundle], *, batch_size: int, threads: int, restarts: int, iterations: int = _ITERATIONS
+) -> dict[str, Latency]:
+    """Times bundles of one image size in turns, in so many processes."""
+    first = next(iter(bundles.values()))
+    measured = measure_latency(
+        {name: partial(open_bundle, bundle) for name, bundle in bundles.items()},
+        first.preprocess.image_shape,
+        batch_sizes=(batch_size,),
+        threads=threads,
+        iterations=iterations,
+        restarts=restarts,
+        max_seconds=_MAX_SECONDS,
+    )
+    return {name: entries[0] for name, entries in measured.items()}
+
+
+def speed_ups(latency: Mapping[str, Latency], model: str) -> tuple[SpeedUp, ...]:
+    """The model against each of the others."""
+    mine = latency[model]
+    return tuple(
+        speed_up(name, entry.restart_p50_ms, mine.restart_p50_ms, batch_size=mine.batch_size)
+        for name, entry in latency.items()
+        if name != model
+    )
+
+
+def evidence_of(latency: Mapping[str, Latency]) -> dict[str, Any]:
+    """What was measured here, for the record."""
+    return {
+        "latency": {name: asdict(entry) for name, entry in latency.items()},
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+
+
+def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurement: Measurement) -> Verdict:
+    """The verdict on a bundle once it was timed on its target: its drop stays, the speed-up is the measured one.
+
+    Args:
+        verdict: what the gate said before.
+        bundle: the bundle that it is about.
+        others: the bundles beside it; those in fp32 and fp16 that were timed along are its rivals.
+        measurement: from the target, of this bundle among others.
+
+    Raises:
+        InputError: the measurement does not speak of this bundle, or not of the fp32 one that it was made from.
+    """
+    mine = measurement.of(bundle.digest)
+    if mine is None:
+        raise InputError(f"not measured: {bundle.path.name} ({bundle.digest[:12]}…)", where="--merge")
+    found = []
+    for other in others:
+        theirs = measurement.of(other.digest, mine.batch_size)
+        if theirs is not None and theirs.precision != "int8":
+            times = theirs.restart_p50_ms, mine.restart_p50_ms
+            found.append(speed_up(theirs.precision, *times, batch_size=mine.batch_size))
+    if not any(entry.rival == "fp32" for entry in found):
+        what = f"{bundle.path.name} was measured without the fp32 bundle that it replaces"
+        raise InputError(what, where="--merge", fix="time both in turns, in one process after the other")
+    place = " · ".join(str(value) for value in (measurement.runtime, *measurement.machine.values()))
+    return judge(
+        verdict.drop,
+        found,
+        max_drop=verdict.max_drop,
+        min_speed_up=verdict.min_speed_up,
+        measured_on=place,
+        unjudged=next((reason for reason in verdict.reasons if reason.startswith("Accuracy")), ""),
+    )

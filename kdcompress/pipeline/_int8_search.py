@@ -1,0 +1,206 @@
+"""Which INT8 file: the ranges, the operators and the layers that stay in fp32, chosen by what was measured of each.
+
+Nothing here looks at the images that the gate judges on. Divergences need no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
+
+from kdcompress.bundle import Bundle
+from kdcompress.evaluate import agreement
+from kdcompress.gate import Drop, accuracy_drop
+from kdcompress.losses import kl_divergence
+from kdcompress.pipeline._gate import race
+from kdcompress.quantize.base import CalibrationMethod, Layout, Scheme
+from kdcompress.quantize.int8 import Int8Source
+from kdcompress.types import Images, Labels, Logits
+
+CalibrationChoice: TypeAlias = Literal["minmax", "entropy", "percentile", "auto"]
+
+_WORTH = 1.05
+"""Quantizing less must be so much faster to be preferred."""
+_MOST_KEPT = 0.5
+"""At most this part of the layers is tried in fp32; with more there is little left to gain."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantize, and what was found about it on the images for choosing.
+
+    Args:
+        scheme: the way.
+        size_mb: of its file, in 10⁶ bytes.
+        divergence: mean KL of its answers from those of fp32, in nats.
+        agreement: share of images to which it gives the class of fp32.
+        drop: of top-1 against fp32.
+        speed_up: against fp32, from one process; None where it was not timed.
+    """
+
+    scheme: Scheme
+    size_mb: float
+    divergence: float
+    agreement: float
+    drop: Drop
+    speed_up: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What quantizing one layer alone does to the answers.
+
+    Args:
+        node: its name in the graph.
+        layer: the name of its weight.
+        divergence: mean KL from the reference's answers, in nats, with this layer alone in INT8.
+    """
+
+    node: str
+    layer: str
+    divergence: float
+
+
+def find_sensitivity(
+    source: Int8Source, scheme: Scheme, images: Images, reference: Logits | None = None
+) -> tuple[LayerSensitivity, ...]:
+    """Quantizes one layer at a time and compares the answers; the most sensitive layer first.
+
+    It costs one graph, one session and a pass over `images` for each layer. One layer at a time tells what a layer does
+    by itself; all but one would measure a small difference of large divergences.
+
+    Args:
+        source: the fp32 bundle with its ranges.
+        scheme: how it is quantized.
+        images: in [0, 1]; no labels are needed.
+        reference: logits that the answers are compared with; by default those of fp32.
+    """
+    expected = source.answers(images) if reference is None else reference
+    found = [
+        LayerSensitivity(node, layer, divergence(expected, source.answers(images, source.quantized(scheme, node))))
+        for node, layer in source.layers().items()
+    ]
+    return tuple(sorted(found, key=lambda entry: -entry.divergence))
+
+
+def divergence(reference: Logits, logits: Logits) -> float:
+    """Mean KL(reference ‖ logits) over the images, in nats."""
+    return float(kl_divergence(reference.double().softmax(1), logits.double(), 1.0))
+
+
+class Search:
+    """Tries ways to quantize one bundle.
+
+    Args:
+        source: the fp32 bundle with its calibration images.
+        images: to choose on, in [0, 1]; not those that the gate judges on.
+        labels: of these images.
+        scratch: a folder for files that are timed.
+        timing: batch size and threads to time with; None: this machine is not what the file is for.
+    """
+
+    def __init__(
+        self,
+        source: Int8Source,
+        images: Images,
+        labels: Labels,
+        scratch: Path,
+        timing: Mapping[str, int] | None,
+    ) -> None:
+        self.source = source
+        self.tried: list[Candidate] = []
+        self._images = images
+        self._labels = labels
+        self._scratch = scratch
+        self._timing = timing
+        self._expected = source.answers(images)
+
+    def attempt(self, scheme: Scheme) -> Candidate:
+        """Quantizes and looks at the answers."""
+        content = self.source.quantized(scheme)
+        answers = self.source.answers(self._images, content)
+        right = self._right(self._expected), self._right(answers)
+        found = Candidate(
+            scheme,
+            len(content) / 1e6,
+            divergence(self._expected, answers),
+            agreement(self._expected, answers),
+            accuracy_drop(*right, "for choosing"),
+        )
+        self.tried.append(found)
+        return found
+
+    def calibrated(self, choice: CalibrationChoice) -> Candidate:
+        """The way of calibrating that was asked for; `auto`: the one whose answers diverge least."""
+        methods = get_args(CalibrationMethod) if choice == "auto" else (choice,)
+        found = [self.attempt(Scheme(calibration=method)) for method in methods]
+        return min(found, key=lambda candidate: candidate.divergence)
+
+    def laid_out(self, first: Candidate) -> Candidate:
+        """The fastest of quantizing everything, dense layers only, and late dense layers only."""
+        if self._timing is None:
+            return first
+        others: list[Layout] = ["dense", "late"]
+        candidates = [first, *(self.attempt(replace(first.scheme, layout=layout)) for layout in others)]
+        timed = self.timed(candidates)
+        fastest = max(timed, key=lambda candidate: candidate.speed_up or 0.0)
+        return fastest if (fastest.speed_up or 0.0) > _WORTH * (timed[0].speed_up or 0.0) else timed[0]
+
+    def mixed(self, first: Candidate, order: Sequence[LayerSensitivity], max_drop: float) -> Candidate:
+        """Keeps the most sensitive layers in fp32, one, two, four … of them, until the drop is within the limit.
+
+        Where no number of them brings the interval's upper end below the limit, the smallest drop among those that are
+        still faster than fp32.
+        """
+        found, number = [first], 1
+        while number <= max(1, round(_MOST_KEPT * len(order))):
+            keep = tuple(entry.node for entry in order[:number])
+            (candidate,) = self.timed([self.attempt(replace(first.scheme, keep=keep))])
+            if candidate.speed_up is not None and candidate.speed_up <= 1:
+                break
+            found.append(candidate)
+            if candidate.drop.high <= max_drop:
+                return candidate
+            number *= 2
+        return min(found, key=lambda candidate: (candidate.drop.value, len(candidate.scheme.keep)))
+
+    def timed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates with their speed-up over fp32, all timed in turns in one process."""
+        if self._timing is None:
+            return list(candidates)
+        files: dict[str, Bundle] = {"fp32": self.source.bundle}
+        for number, candidate in enumerate(candidates):
+            files[str(number)] = self._on_disk(candidate.scheme, f"{len(self.tried)}-{number}")
+        latency = race(files, restarts=1, iterations=60, **self._timing)
+        found = []
+        for number, candidate in enumerate(candidates):
+            timed = replace(candidate, speed_up=latency["fp32"].p50_ms / latency[str(number)].p50_ms)
+            self.tried[self.tried.index(candidate)] = timed
+            found.append(timed)
+        return found
+
+    def place(self, candidate: Candidate) -> int:
+        """Which of those that were tried it is."""
+        return self.tried.index(candidate)
+
+    def document(self) -> list[dict[str, Any]]:
+        """Everything that was tried, as JSON can hold it."""
+        names = self.source.layers()
+        return [
+            asdict(one) | {"scheme": asdict(one.scheme) | {"keep": [names.get(node, node) for node in one.scheme.keep]}}
+            for one in self.tried
+        ]
+
+    def _on_disk(self, scheme: Scheme, name: str) -> Bundle:
+        """The file of a scheme, opened as the fp32 bundle is."""
+        bundle = replace(self.source.bundle, path=self._scratch / name)
+        bundle.path.mkdir()
+        bundle.model_path.write_bytes(self.source.quantized(scheme))
+        return bundle
+
+    def _right(self, logits: Logits) -> Tensor:
+        return logits.argmax(1) == self._labels

@@ -1,0 +1,296 @@
+"""`quantize --int8`: choose a way on some images, judge it on others and by the clock, keep it if it passes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from kdcompress.bundle import Bundle, read_bundle
+from kdcompress.data import Splits, build_views, pick_views, unit_interval
+from kdcompress.errors import GateError, InputError, KdcompressError
+from kdcompress.export import walk
+from kdcompress.files import atomic_folder, require_empty
+from kdcompress.gate import LEAST_RESTARTS, Verdict, judge, write_verdict
+from kdcompress.latency import Latency
+from kdcompress.networks import TeacherEnsemble
+from kdcompress.pipeline._gate import (
+    JudgedImages,
+    evidence_of,
+    find_drop,
+    judged_images,
+    load_images,
+    load_labelled,
+    race,
+    runs_here,
+    speed_ups,
+    student_saw,
+)
+from kdcompress.pipeline._int8_search import CalibrationChoice, Candidate, LayerSensitivity, Search, find_sensitivity
+from kdcompress.pipeline._source import (
+    VERIFIED_IMAGES,
+    Source,
+    calibration_images,
+    choose_profile,
+    find_source,
+    find_splits,
+)
+from kdcompress.pipeline._teachers import open_teacher, read_checkpoints, sample_of
+from kdcompress.pipeline.base import console
+from kdcompress.quantize import find_quantizer
+from kdcompress.quantize.int8 import Int8Source
+from kdcompress.report.trade_off import TRADE_OFF_FILE, draw_trade_off, sensitivity_table, tried_table
+from kdcompress.runtimes import open_bundle
+from kdcompress.types import Images, Logits
+
+Reference: TypeAlias = Literal["student", "ensemble"]
+
+FEW_CALIBRATION_IMAGES = 300
+"""With fewer the ranges depend on which ones they are."""
+_SENSITIVITY_IMAGES = 64
+_CHOOSING_IMAGES = 2500
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the gate asks for.
+
+    Args:
+        max_drop: of top-1, a fraction of 1, at the upper end of its interval.
+        min_speed_up: over the best of fp32 and fp16, at the lower end of its interval.
+        batch_size: images in a call.
+        threads: that a model may use.
+        restarts: processes; 0: nothing is timed, and nothing recommended.
+
+    Raises:
+        InputError: too few processes.
+    """
+
+    max_drop: float = 0.01
+    min_speed_up: float = 1.0
+    batch_size: int = 1
+    threads: int = 1
+    restarts: int = LEAST_RESTARTS
+
+    def __post_init__(self) -> None:
+        if 0 < self.restarts < LEAST_RESTARTS:
+            what = f"{self.restarts} process(es) say nothing about speed, {LEAST_RESTARTS} are the least"
+            raise InputError(what, where="--restarts", fix="0 measures nothing, and recommends nothing")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way that was chosen, what else was tried, and the sensitivity of the layers where it was measured."""
+
+    candidate: Candidate
+    tried: list[dict[str, Any]]
+    layers: tuple[LayerSensitivity, ...]
+
+
+def quantize(
+    source: Path | None,
+    *,
+    profile: str = "auto",
+    data: str | None = None,
+    holdout: str | None = None,
+    calibration: CalibrationChoice = "minmax",
+    limits: Limits | None = None,
+    mixed: bool = True,
+    sensitivity: bool = False,
+    reference: Reference = "student",
+    force: bool = False,
+    out: Path | None = None,
+) -> Bundle:
+    """Writes a student with 8-bit integers, by way of ONNX, beside it unless `out` says where.
+
+    The ONNX fp32 stays in the run; with `out` only the INT8 bundle is kept.
+
+    Args:
+        source: a run or a bundle; by default the newest run.
+        profile: what it is for.
+        data: where the images come from, if not from the run.
+        holdout: labelled images that nobody has seen.
+        calibration: how the ranges of activations are found; "auto" tries all.
+        limits: what the gate asks for.
+        mixed: whether layers may stay in fp32, where the drop is too large or that is faster.
+        sensitivity: measure every layer's even where nothing asks for it.
+        reference: whose answers the sensitivity is held against.
+        force: keep what fails.
+        out: the bundle to write.
+
+    Raises:
+        InputError: there is nothing to quantize, or its images cannot be found.
+        VerificationError: what was written does not run.
+        GateError: it is slower or worse than allowed; nothing is kept.
+    """
+    if out is not None:
+        require_empty(out)
+    asked, speak = limits or Limits(), console()
+    start, chosen = find_source(source), choose_profile(profile)
+    if reference == "ensemble" and (start.run is None or not start.run.recipe.teachers):
+        raise InputError(f"{start.bundle.path} has no teachers", where="--reference", fix="student")
+    splits = find_splits(start, data, holdout)
+    images = calibration_images(splits)
+    if len(images) < FEW_CALIBRATION_IMAGES:
+        speak.print(f"note: {len(images)} calibration images, {FEW_CALIBRATION_IMAGES} or more are advised")
+    saw = start.run.facts.student_saw_val if start.run and data is None else student_saw(start.bundle, splits.val)
+    judged = judged_images(splits, saw, picks=mixed or calibration == "auto")
+    folder = out or start.folder / f"onnx-int8-{chosen.name}"
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        bundle = start.bundle
+        if bundle.kind == "torch":
+            between = (start.folder if out is None else scratch) / f"onnx-{bundle.precision}"
+            few = images[:VERIFIED_IMAGES]
+            bundle = walk(bundle, "onnx", between, profile=chosen, images=few, replace=True)
+        prepared = Int8Source(bundle, images, profile=chosen)
+        ask = partial(sensitivity_images, start, splits, reference)
+        choice = choose(prepared, judged, asked, scratch, calibration, mixed, sensitivity, ask)
+        compared = load_images(judged.confirm or judged.choose)
+        made = prepared.write(choice.candidate.scheme, scratch / "made", images=compared)
+        verdict, evidence = hold_to(prepared, made, judged, asked, images, scratch)
+        evidence |= {"tried": choice.tried, "sensitivity": [asdict(layer) for layer in choice.layers]}
+        speak.print(f"gate · {verdict.answer}")
+        for sentence in (*verdict.reasons, *([judged.note] if judged.note else [])):
+            speak.print(f"  {sentence}")
+        if verdict.answer == "fail" and not force:
+            fix = "nothing was kept; --force keeps it all the same"
+            raise GateError(f"INT8 fails the gate. {verdict.failures[0]}", where=str(start.bundle.path), fix=fix)
+        with atomic_folder(folder, replace=out is None) as place:
+            shutil.copytree(made.path, place, dirs_exist_ok=True)
+            write_verdict(place, verdict, made.digest, evidence)
+            (place / TRADE_OFF_FILE).write_text(draw_trade_off(choice.tried), encoding="utf-8")
+        smaller = bundle.size_mb / made.size_mb
+    kept = read_bundle(folder)
+    advice = "recommended" if verdict.answer == "pass" else "not recommended"
+    told = f"{kept.size_mb:.3f} MB ({smaller:.1f} × smaller) · calibrated on {len(images)} images · {advice}"
+    speak.print(f"{kept.path} · {told}")
+    return kept
+
+
+def choose(
+    source: Int8Source,
+    judged: JudgedImages,
+    limits: Limits,
+    scratch: Path,
+    calibration: CalibrationChoice,
+    mixed: bool,
+    sensitivity: bool,
+    ask: Callable[[], tuple[Images, Logits | None]],
+) -> Choice:
+    """The way to quantize, by what the candidates answer on the images for choosing, and how fast they are.
+
+    Args:
+        source: the fp32 bundle with its calibration images.
+        judged: the images.
+        limits: what the gate will ask for.
+        scratch: a folder for what is timed.
+        calibration: how the ranges are found.
+        mixed: whether layers may stay in fp32.
+        sensitivity: measure every layer's even where nothing asks for it.
+        ask: gives the images for the sensitivity, and the logits to hold it against where they are not those of fp32.
+    """
+    here = limits.restarts > 0 and runs_here(source.profile)
+    timing = {"batch_size": limits.batch_size, "threads": limits.threads} if here else None
+    images, labels = load_labelled(judged.choose, _CHOOSING_IMAGES)
+    search = Search(source, images, labels, scratch, timing)
+    candidate = search.calibrated(calibration)
+    if mixed:
+        candidate = search.laid_out(candidate)
+    too_much = mixed and candidate.drop.high > limits.max_drop and candidate.drop.value > 0
+    layers: tuple[LayerSensitivity, ...] = ()
+    if sensitivity or too_much:
+        layers = find_sensitivity(source, candidate.scheme, *ask())
+    if too_much:
+        candidate = search.mixed(candidate, layers, limits.max_drop)
+    tried = search.document()
+    console().print(tried_table(tried, search.place(candidate)))
+    if layers:
+        console().print(sensitivity_table([asdict(layer) for layer in layers]))
+    return Choice(candidate, tried, layers)
+
+
+def hold_to(
+    source: Int8Source, made: Bundle, judged: JudgedImages, limits: Limits, calibration: Images, scratch: Path
+) -> tuple[Verdict, dict[str, Any]]:
+    """The verdict on a bundle, and what it rests on.
+
+    Args:
+        source: what it was made from.
+        made: the INT8 bundle.
+        judged: the images that decide.
+        limits: what is asked for.
+        calibration: training images, to make the rival in fp16 on.
+        scratch: a folder for that rival.
+    """
+    drop = find_drop(open_bundle(source.bundle), open_bundle(made), judged, made.num_classes)
+    latency: Mapping[str, Latency] = {}
+    if limits.restarts > 0 and runs_here(source.profile):
+        rivals = {"fp32": source.bundle, **half_precision(source, calibration, scratch)}
+        console().print(f"latency of {', '.join(rivals)} and int8 in turns, {limits.restarts} processes")
+        latency = race(
+            {**rivals, "int8": made},
+            batch_size=limits.batch_size,
+            threads=limits.threads,
+            restarts=limits.restarts,
+        )
+    evidence = evidence_of(latency)
+    protocol = latency["int8"].protocol if latency else {}
+    verdict = judge(
+        drop,
+        speed_ups(latency, "int8") if latency else (),
+        max_drop=limits.max_drop,
+        min_speed_up=limits.min_speed_up,
+        measured_on=f"{protocol['runtime']} · {evidence['machine']['cpu']}" if latency else "",
+        unjudged=judged.unjudged,
+    )
+    return verdict, evidence
+
+
+def half_precision(source: Int8Source, calibration: Images, scratch: Path) -> dict[str, Bundle]:
+    """The rival in fp16, where the profile has one and this network can be written so."""
+    if "fp16" not in source.profile.precisions:
+        return {}
+    try:
+        return {
+            "fp16": find_quantizer("fp16").run(source.bundle, calibration, scratch / "fp16", profile=source.profile)
+        }
+    except KdcompressError as error:
+        console().print(f"note: no fp16 to compare with: {error.what}")
+        return {}
+
+
+def sensitivity_images(start: Source, splits: Splits, reference: Reference) -> tuple[Images, Logits | None]:
+    """Images without labels for the sensitivity: unlabelled ones where there are such, else augmented training images.
+
+    Args:
+        start: the bundle and its run.
+        splits: the data.
+        reference: "ensemble" asks the run's teachers about them.
+
+    Returns:
+        The images, and the ensemble's logits or None.
+    """
+    if splits.unlabeled is not None:
+        few = splits.unlabeled.take(_SENSITIVITY_IMAGES)
+        images = unit_interval(few.images.load(few.ids))
+    else:
+        few = splits.calibration.take(_SENSITIVITY_IMAGES)
+        views = build_views("auto", image_shape=splits.image_shape, num_images=len(splits.train))
+        images = views.apply(few.images.load(few.ids), few.ids, pick_views(0, 0, few.ids, views.num_views))
+    if reference == "student":
+        return images, None
+    assert start.run is not None
+    sections = start.run.recipe.teachers
+    teachers = [
+        open_teacher(section, checkpoint, number, splits.image_shape, partial(sample_of, splits)).teacher
+        for number, (section, checkpoint) in enumerate(zip(sections, read_checkpoints(sections), strict=True), start=1)
+    ]
+    with torch.no_grad():
+        return images, TeacherEnsemble(teachers).predict(images)

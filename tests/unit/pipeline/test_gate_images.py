@@ -1,0 +1,157 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcompress.data import MemorySet, Split, Splits, training_digests
+from kdcompress.errors import InputError
+from kdcompress.gate import Drop, judge
+from kdcompress.measurement import Measurement
+from kdcompress.pipeline._gate import (
+    believe,
+    find_drop,
+    halves,
+    judged_images,
+    load_labelled,
+    race,
+    runs_here,
+    speed_ups,
+    student_saw,
+)
+from kdcompress.profiles import PROFILES, default_profile
+from kdcompress.quantize.int8 import QUANTIZER
+from kdcompress.runtimes import open_bundle
+from tests.unit.deployed import digits, onnx_bundle, student_bundle
+from tests.unit.tiny import tiny_images
+
+CLASSES = ("a", "b", "c")
+
+
+def labelled(num_images: int, seed: int) -> Split:
+    split = tiny_images(num_images, seed)
+    return Split(split.images, split.ids[split.labels >= 0])
+
+
+def splits(holdout: Split | None = None) -> Splits:
+    train, val = labelled(200, 0), labelled(90, 1)
+    return Splits(train, val, labelled(50, 2), train, holdout, None, CLASSES, "noise")
+
+
+def test_halves_share_no_image_and_keep_the_classes_shares() -> None:
+    split = labelled(200, 0)
+    first, second = halves(split)
+    assert sorted([*first.ids.tolist(), *second.ids.tolist()]) == sorted(split.ids.tolist())
+    assert not set(first.ids.tolist()) & set(second.ids.tolist())
+    shares = [torch.bincount(half.labels, minlength=3).double() / len(half) for half in (first, second)]
+    assert (shares[0] - shares[1]).abs().max() < 0.03
+
+
+def test_what_is_chosen_on_is_not_judged_on() -> None:
+    judged = judged_images(splits(), False, picks=True)
+    assert judged.confirm is not None
+    assert not set(judged.choose.ids.tolist()) & set(judged.confirm.ids.tolist())
+    assert (judged.name, judged.unjudged, judged.note) == ("second half of val", "", "")
+    whole = judged_images(splits(), False, picks=False)
+    assert whole.confirm is not None
+    assert (len(whole.confirm), whole.name) == (len(splits().val), "val")
+
+
+def test_val_does_not_judge_a_student_that_saw_it() -> None:
+    judged = judged_images(splits(), True, picks=True)
+    assert judged.confirm is None
+    assert "--holdout" in judged.unjudged
+    fresh = judged_images(splits(labelled(60, 3)), True, picks=True)
+    assert fresh.confirm is not None
+    assert (fresh.name, fresh.unjudged) == ("second half of holdout", "")
+    unknown = judged_images(splits(), None, picks=True)
+    assert unknown.confirm is not None
+    assert "not known" in unknown.note
+
+
+def test_the_digests_of_a_bundle_tell_what_it_saw(tmp_path: Path) -> None:
+    val = labelled(60, 1)
+    bundle = student_bundle(tmp_path / "plain")
+    assert student_saw(bundle, val) is None
+    from kdcompress.networks import save_student
+    from tests.unit.deployed import CLASSES as DIGITS
+    from tests.unit.deployed import trained_student
+
+    for name, seen, expected in (("val", val, True), ("other", labelled(60, 9), False)):
+        made = save_student(trained_student(), tmp_path / name, classes=DIGITS, training_digests=training_digests(seen))
+        assert student_saw(made, val) is expected
+
+
+def test_images_without_a_label_decide_nothing() -> None:
+    images, labels = load_labelled(tiny_images(50), 1000)
+    assert len(images) == len(labels) == 45
+    assert int(labels.min()) >= 0
+
+
+def digit_split(start: int, end: int) -> Split:
+    images, labels = digits()
+    stored = (images * 255).round().to(torch.uint8)
+    return Split(MemorySet(stored, labels, tuple(map(str, range(10)))), torch.arange(start, end))
+
+
+def test_a_real_gate_on_a_tiny_network(tmp_path: Path) -> None:
+    """INT8 in ONNX Runtime against fp32: the drop is that of the answers, the interval holds the ratio."""
+    source = onnx_bundle()
+    made = QUANTIZER.run(source, digits()[0][:200], tmp_path / "int8", profile=PROFILES["ort-x86"])
+    judged = judged_images(
+        Splits(*[digit_split(1200, 1797)] * 4, None, None, tuple(map(str, range(10))), "digits"), False, picks=True
+    )
+    drop = find_drop(open_bundle(source), open_bundle(made), judged, 10)
+    assert drop is not None
+    assert judged.confirm is not None
+    images, labels = load_labelled(judged.confirm, 1000)
+    right = [(open_bundle(bundle)(images).argmax(1) == labels).double().mean() for bundle in (source, made)]
+    assert drop.value == pytest.approx(float(right[0] - right[1]))
+    assert drop.low <= drop.value <= drop.high
+    latency = race({"fp32": source, "int8": made}, batch_size=2, threads=1, restarts=2, iterations=10)
+    (found,) = speed_ups(latency, "int8")
+    assert (found.rival, found.restarts, found.batch_size) == ("fp32", 2, 2)
+    ratios = [a / b for a, b in zip(latency["fp32"].restart_p50_ms, latency["int8"].restart_p50_ms, strict=True)]
+    assert min(ratios) <= found.ratio <= max(ratios)
+    assert judge(drop, [found], max_drop=1.0).answer == "unmeasured on target", "two processes say nothing"
+
+
+def test_this_machine_tells_of_its_own_profile_only() -> None:
+    assert [name for name, profile in PROFILES.items() if runs_here(profile)] == [default_profile().name]
+
+
+def measured(int8: str, fp32: str, times: tuple[float, float]) -> Measurement:
+    def model(bundle: str, precision: str, base: float) -> dict[str, Any]:
+        samples = [[base * (1 + 0.01 * number), base * (1 + 0.01 * number)] for number in range(5)]
+        return {"bundle": bundle, "precision": precision, "batch_size": 1, "latency_ms": samples}
+
+    document = {
+        "profile": "jetson-orin",
+        "runtime": "tensorrt 10.3.0",
+        "machine": {"board": "Orin Nano"},
+        "versions": {},
+        "protocol": {"interleaved": True},
+        "models": [model(int8, "int8", times[0]), model(fp32, "fp32", times[1])],
+    }
+    return Measurement.model_validate(document)
+
+
+def test_a_measurement_from_the_target_is_believed(tmp_path: Path) -> None:
+    source = onnx_bundle()
+    made = QUANTIZER.run(source, digits()[0][:64], tmp_path / "int8", profile=PROFILES["jetson-orin"])
+    before = judge(Drop(0.0, -0.001, 0.004, 3000, 9, "val"), (), max_drop=0.01)
+    assert before.answer == "unmeasured on target"
+    after = believe(before, made, [source], measured(made.digest, source.digest, (1.0, 2.0)))
+    assert (after.answer, after.measured_on) == ("pass", "tensorrt 10.3.0 · Orin Nano")
+    assert after.drop == before.drop
+    assert after.speed_ups[0].ratio == pytest.approx(2)
+    slower = believe(before, made, [source], measured(made.digest, source.digest, (2.0, 1.9)))
+    assert slower.answer == "fail"
+    unjudged = believe(judge(None, (), max_drop=0.01, unjudged="Accuracy: it saw val."), made, [source],
+                       measured(made.digest, source.digest, (1.0, 2.0)))  # fmt: skip
+    assert unjudged.answer == "cannot decide"
+    assert "Accuracy: it saw val." in unjudged.reasons
+    with pytest.raises(InputError, match="not measured: int8"):
+        believe(before, made, [source], measured("a" * 64, source.digest, (1.0, 2.0)))
+    with pytest.raises(InputError, match="without the fp32 bundle"):
+        believe(before, made, [source], measured(made.digest, "b" * 64, (1.0, 2.0)))

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kdcompress.gate import accuracy_drop
+from kdcompress.pipeline._int8_search import LayerSensitivity, Search, divergence, find_sensitivity
+from kdcompress.profiles import PROFILES
+from kdcompress.quantize.base import Scheme
+from kdcompress.quantize.int8 import Int8Source
+from tests.unit.deployed import digits, onnx_bundle
+
+
+@pytest.fixture(scope="module")
+def source() -> Int8Source:
+    return Int8Source(onnx_bundle(), digits()[0][:100], profile=PROFILES["ort-x86"])
+
+
+def chosen_images() -> tuple[Tensor, Tensor]:
+    images, labels = digits()
+    return images[1200:1500], labels[1200:1500]
+
+
+def search(source: Int8Source, folder: Path, timing: dict[str, int] | None = None) -> Search:
+    return Search(source, *chosen_images(), folder, timing)
+
+
+def test_a_divergence_by_hand() -> None:
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(5, 4)), random.normal(size=(5, 4))
+    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (a, b))
+    expected = (p * np.log(p / q)).sum(1).mean()
+    assert divergence(torch.from_numpy(a).float(), torch.from_numpy(b).float()) == pytest.approx(expected, rel=1e-5)
+    assert divergence(torch.from_numpy(a).float(), torch.from_numpy(a).float()) == pytest.approx(0, abs=1e-7)
+
+
+def test_a_layers_sensitivity_is_that_of_the_layer_alone(source: Int8Source) -> None:
+    images = digits()[0][1500:1540]
+    found = find_sensitivity(source, Scheme(), images)
+    assert [entry.divergence for entry in found] == sorted((entry.divergence for entry in found), reverse=True)
+    assert {entry.node: entry.layer for entry in found} == source.layers()
+    alone = source.answers(images, source.quantized(Scheme(), found[0].node))
+    assert found[0].divergence == divergence(source.answers(images), alone)
+    whole = divergence(source.answers(images), source.answers(images, source.quantized(Scheme())))
+    assert 0 < found[0].divergence < 3 * whole
+    other = find_sensitivity(source, Scheme(), images, torch.zeros(40, 10))
+    assert other[0].divergence > 0.5, "held against an ensemble that knows nothing"
+
+
+def test_the_calibration_that_diverges_least_is_taken(source: Int8Source, tmp_path: Path) -> None:
+    tried = search(source, tmp_path)
+    best = tried.calibrated("auto")
+    assert {candidate.scheme.calibration for candidate in tried.tried} == {"minmax", "entropy", "percentile"}
+    assert best.divergence == min(candidate.divergence for candidate in tried.tried)
+    assert tried.calibrated("percentile").scheme == Scheme(calibration="percentile")
+
+
+def test_what_is_said_of_a_candidate_is_so(source: Int8Source, tmp_path: Path) -> None:
+    found = search(source, tmp_path).attempt(Scheme())
+    images, labels = chosen_images()
+    fp32, int8 = source.answers(images).argmax(1), source.answers(images, source.quantized(Scheme())).argmax(1)
+    assert found.agreement == pytest.approx(float((fp32 == int8).double().mean()))
+    assert found.drop == accuracy_drop(fp32 == labels, int8 == labels, "for choosing")
+    assert found.size_mb == len(source.quantized(Scheme())) / 1e6
+    assert found.speed_up is None
+
+
+def test_layers_are_kept_until_the_drop_is_within_the_limit(source: Int8Source, tmp_path: Path) -> None:
+    tried = search(source, tmp_path)
+    order = tuple(LayerSensitivity(node, layer, 1.0) for node, layer in source.layers().items())
+    first = tried.attempt(Scheme())
+    easy = tried.mixed(first, order, max_drop=1.0)
+    assert easy.scheme.keep == (order[0].node,)
+    tried.tried.clear()
+    hard = tried.mixed(first, order, max_drop=-1.0)
+    assert [len(candidate.scheme.keep) for candidate in tried.tried] == [1, 2, 4]
+    assert hard.drop.value == min(candidate.drop.value for candidate in (first, *tried.tried))
+    document = tried.document()
+    assert document[1]["scheme"]["keep"] == [order[0].layer, order[1].layer]
+
+
+def test_layouts_are_timed_where_the_target_is_here(source: Int8Source, tmp_path: Path) -> None:
+    untimed = search(source, tmp_path)
+    first = untimed.attempt(Scheme())
+    assert untimed.laid_out(first) is first
+    timed = search(source, tmp_path, {"batch_size": 1, "threads": 1})
+    taken = timed.laid_out(timed.attempt(Scheme()))
+    ratios = {candidate.scheme.layout: candidate.speed_up for candidate in timed.tried}
+    assert set(ratios) == {"all", "dense", "late"}
+    assert taken.speed_up is not None
+    assert all(taken.speed_up * 1.05 >= ratio for ratio in ratios.values() if ratio is not None)
