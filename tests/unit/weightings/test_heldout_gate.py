@@ -96,6 +96,15 @@ def test_noise_moves_the_weights_little() -> None:
         assert float((gate(exam) - 1 / 3).abs().mean()) < 0.08
 
 
+def test_a_refit_on_like_teachers_goes_back_to_averaging() -> None:
+    gate = HeldoutGate(SHAPES)
+    gate.refit(make_exam("specialists"))
+    assert bool(gate.factors.any())
+    exam = make_exam("alike")
+    assert gate.refit(exam)["choice"] == UNIFORM
+    assert torch.equal(gate(exam), torch.full((300, 3), 1 / 3))
+
+
 def test_refit_is_deterministic_and_forgets_the_fit_before() -> None:
     first, second = HeldoutGate(SHAPES), HeldoutGate(SHAPES)
     exam = make_exam("specialists")
