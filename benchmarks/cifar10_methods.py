@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from kdcompress.bundle import Preprocess
-from kdcompress.data import Splits, TrainLoader, build_views, eval_batches, load_splits
+from kdcompress.data import Split, Splits, TrainLoader, build_views, eval_batches, load_splits
 from kdcompress.discovery import check_options
 from kdcompress.display import open_display
 from kdcompress.evaluate import evaluate
@@ -34,7 +34,7 @@ from kdcompress.optim import Optimisation
 from kdcompress.pipeline._teachers import open_teacher, read_checkpoints, sample_of
 from kdcompress.recipe import TeacherSection
 from kdcompress.train import train
-from kdcompress.types import NetworkShapes
+from kdcompress.types import NetworkShapes, Step
 
 METHODS = ("supervised", "avg-kd", "amtml-kd variant=repaired", "amtml-kd variant=paper")
 """Each a name and its options, as one word on the command line."""
@@ -76,6 +76,22 @@ def build_method(text: str, seed: int, student: Student, teachers: list[Teacher]
     return found(shapes, **options)
 
 
+@torch.no_grad()
+def weight_on_best(method: Method, student: Student, teachers: list[Teacher], images: Split) -> float | None:
+    """Mean weight, on some of these images, of the teacher that gives the label the most; None without weights."""
+    if not hasattr(method, "weighting"):
+        return None
+    method.eval()
+    student.eval()
+    found = []
+    for batch in eval_batches(images.take(2000), student.num_classes):
+        answers = LiveTeachers(TeacherEnsemble(teachers))(batch)
+        weights = method.weighting(Step(batch.labels, batch.label_targets, student(batch.images), answers))
+        given = (answers.logits.log_softmax(2) * batch.label_targets[:, None]).sum(2)
+        found.append(weights.gather(1, given.argmax(1, keepdim=True))[:, 0])
+    return float(torch.cat(found).mean())
+
+
 def main() -> None:
     """One training per seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,6 +120,7 @@ def main() -> None:
         name: getattr(chosen, name)
         for name in ("student", "init", "lr", "limit", "epochs", "batch_size", "precision", "on_holdout")
     }
+    setting["teachers"] = [Path(path).name for path in chosen.teachers]
     known = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
     for seed in chosen.seeds:
         if all(
@@ -129,9 +146,10 @@ def main() -> None:
             heldout=splits.holdout,
             resume=True,
         )
-        for name, student in zip(chosen.methods, result.students, strict=True):
+        for name, student, method in zip(chosen.methods, result.students, methods, strict=True):
             accuracy = evaluate(student.deployable(), eval_batches(judged, 10), 10)
             row = {"method": name, "seed": seed, "top1": accuracy.top1, "nll": accuracy.nll, "n": accuracy.n}
+            row |= {"weight_on_best": weight_on_best(method, student, teachers, judged)}
             row |= {"setting": setting, "seconds": time.monotonic() - start}
             row |= {"instruction_sets": describe_machine()["instruction_sets"], "torch": versions()["torch"]}
             with chosen.out.open("a") as file:
