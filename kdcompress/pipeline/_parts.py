@@ -119,7 +119,7 @@ def open_materials(asked: Recipe, speak: Console) -> Materials:
     data, splits, opened = open_inputs(asked, speak)
     held = sift_holdout(splits, opened)
     exams = tuple(examine(one.teacher, held.splits) for one in opened)
-    held = replace(held, why_not=held.why_not or known_by_heart(opened, exams))
+    held = replace(held, why_not=held.why_not or known_by_heart(opened, exams, splits.train))
     if opened:
         speak.print(exam_table(opened, exams))
     return Materials(data, held.splits, opened, exams, held, measure(held, exams))

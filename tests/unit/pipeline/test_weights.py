@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from kdcompress.bundle import Preprocess
-from kdcompress.data import MemorySet, Split, Splits, training_digests
+from kdcompress.data import MemorySet, Split, Splits, eval_batches, training_digests
 from kdcompress.errors import InputError
-from kdcompress.evaluate import Accuracy, wilson_interval
+from kdcompress.evaluate import Accuracy, accuracy_of, predict_all, wilson_interval
 from kdcompress.methods.base import find_method
 from kdcompress.models import build_network
 from kdcompress.pipeline._teachers import Exam, OpenedTeacher, open_teacher
@@ -94,17 +96,60 @@ def test_without_holdout_or_teachers_there_is_nothing_to_sift(tmp_path: Path) ->
         assert sift_holdout(splits, teachers) == HeldOutImages(splits)
 
 
+class Knowing:
+    """Sure of what it has seen, less so of what is new; `right` on that part of either."""
+
+    def __init__(self, seen: Split, sure: float, new: float, right: float = 1.0) -> None:
+        self.labels = {image.numpy().tobytes(): int(y) for image, y in zip(pixels_of(seen), seen.labels, strict=True)}
+        self.sure, self.new, self.right = sure, new, right
+        self.generator = torch.Generator().manual_seed(0)
+
+    def answer(self, images: Tensor) -> Tensor:
+        """The label of an image stands in its first pixel where it was not seen."""
+        logits = []
+        for pixels in (images * 255).round().to(torch.uint8):
+            known = self.labels.get(pixels.numpy().tobytes())
+            label = int(pixels[0, 0, 0]) % 3 if known is None else known
+            if torch.rand((), generator=self.generator) > self.right:
+                label += 1
+            noise = torch.randn(3, generator=self.generator)
+            logits.append((self.new if known is None else self.sure) * F.one_hot(torch.tensor(label % 3), 3) + noise)
+        return torch.stack(logits)
+
+
+def pixels_of(split: Split) -> Tensor:
+    return split.images.load(split.ids).to(torch.uint8)
+
+
+def marked(split: Split) -> Split:
+    """The same images with their label in the first pixel."""
+    pixels = pixels_of(split).clone()
+    pixels[:, 0, 0, 0] = split.labels.to(torch.uint8)
+    return Split(MemorySet(pixels, split.labels, CLASSES), torch.arange(len(pixels)))
+
+
 @pytest.mark.parametrize(
-    ("val", "holdout", "known"),
-    [(1.0, 0.9995, True), (0.997, 0.996, True), (1.0, 0.94, False), (1.0, 0.996, False), (0.92, 0.92, False)],
+    ("holdout", "sure", "new", "right", "known"),
+    [
+        pytest.param("seen", 12.0, 9.0, 1.0, True, id="contaminated"),
+        pytest.param("new", 12.0, 9.0, 1.0, False, id="an easy task: all right, but less sure"),
+        pytest.param("new", 12.0, 12.0, 1.0, True, id="as sure of new images: nothing tells them apart"),
+        pytest.param("new", 5.0, 5.0, 0.9, False, id="knows nothing by heart"),
+    ],
 )
-def test_who_knows_the_holdout_by_heart(tmp_path: Path, val: float, holdout: float, known: bool) -> None:
-    teachers = [opened(tmp_path, 1, None), opened(tmp_path, 2, FRESH)]
-    exams = [Exam(accuracy(val), accuracy(holdout), None), Exam(accuracy(1.0), accuracy(1.0), 0.0)]
-    said = known_by_heart(teachers, exams)
+def test_who_knows_the_holdout_by_heart(
+    tmp_path: Path, holdout: str, sure: float, new: float, right: float, known: bool
+) -> None:
+    train, fresh = part(TRAIN, 200), marked(part(FRESH, 100))
+    judged = part(Split(TRAIN.images, TRAIN.ids[100:]), 100) if holdout == "seen" else fresh
+    silent, told = opened(tmp_path, 1, None), opened(tmp_path, 2, FRESH)
+    silent.teacher.predict = Knowing(TRAIN, sure, new, right).answer  # type: ignore[method-assign]
+    answers = predict_all(silent.teacher.predict, eval_batches(judged, 3))
+    exam = Exam(accuracy(1.0), accuracy_of(*answers), None, answers)
+    said = known_by_heart([silent, told], [exam, replace(exam, saw_val=0.0)], train)
     assert ("teacher 1 (resnet8)" in said) is known
     assert "teacher 2" not in said, "its digests say what it saw"
-    assert known_by_heart(teachers[:1], [Exam(accuracy(val), None, None)]) == ""
+    assert known_by_heart([silent], [Exam(accuracy(1.0), None, None)], train) == ""
 
 
 @pytest.mark.parametrize(
