@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,20 @@ from rich.console import Console
 from kdcompress.data import NoViews, Split, TrainLoader
 from kdcompress.display import format_seconds
 from kdcompress.execution import Execution
-from kdcompress.live_teachers import LiveTeachers
+from kdcompress.live_teachers import ALL_MAPS, LiveTeachers
 from kdcompress.networks import TeacherEnsemble
 from kdcompress.pipeline._execution import block_of, teacher_execution, teachers_per_step
 from kdcompress.pipeline._parts import Parts, choose_device
 from kdcompress.pipeline._teachers import open_teacher, read_checkpoints
 from kdcompress.recipe import TeacherSection
-from kdcompress.teacher_cache import CPU_BLOCK, CUDA_BLOCK, CachedTeachers, default_folder, open_cache, require_room
+from kdcompress.teacher_cache import (
+    CachedTeachers,
+    Survey,
+    default_folder,
+    fill_together,
+    open_cache,
+    require_room,
+)
 from kdcompress.types import FeatureForm, FeatureShape, TeacherSource
 
 NEARLY_ALL = 0.98
@@ -85,20 +93,24 @@ class TeacherFiles:
         self._image_shape = image_shape
         self._features = features
         self._execution = execution
-        self._device = device
+        self.device = device
 
     def __call__(self) -> TeacherSource:
-        """The teachers, ready to answer."""
+        """The teachers, ready to answer what a cache asks for."""
+        return self.live(self._features, block=block_of(self.device))
+
+    def live(self, features: Mapping[str, FeatureForm], *, block: int, per_step: int | None = None) -> LiveTeachers:
+        """The teachers, ready to answer; arguments as for `LiveTeachers`."""
         ensemble = self._ensemble
         if ensemble is None:
             found = zip(self._sections, read_checkpoints(self._sections), strict=True)
             ensemble = TeacherEnsemble(
                 [
-                    open_teacher(section, checkpoint, number, self._image_shape).teacher.to(self._device)
+                    open_teacher(section, checkpoint, number, self._image_shape).teacher.to(self.device)
                     for number, (section, checkpoint) in enumerate(found, start=1)
                 ]
             )
-        return LiveTeachers(ensemble, self._features, self._execution, block=block_of(self._device))
+        return LiveTeachers(ensemble, features, self._execution, per_step=per_step, block=block)
 
     def let_go(self) -> None:
         """Forgets the teachers in memory."""
@@ -114,47 +126,103 @@ def open_answers(parts: Parts, speak: Console) -> Answers:
     """
     if not parts.methods[0].shapes.teachers:
         return Answers()
-    features = parts.needs.teacher_features
-    teachers = [one.teacher for one in parts.teachers]
-    ensemble = TeacherEnsemble(teachers)
-    execution = teacher_execution(parts.recipe.ensemble)
+    files = teacher_files(parts)
     if not parts.recipe.cache.enabled:
-        block = parts.loader.batch_size
-        live = LiveTeachers(ensemble, features, execution, block=block)
+        features, block = parts.needs.teacher_features, parts.loader.batch_size
+        live = files.live(features, block=block)
         if per_step := teachers_per_step(parts.recipe.ensemble):
-            return Answers(LiveTeachers(ensemble, features, execution, per_step=per_step, block=block), live)
+            return Answers(files.live(features, block=block, per_step=per_step), live)
         return Answers(live, live)
-    settings, splits = parts.recipe.cache, parts.splits
+    room = Room(parts.recipe.cache.max_gb, speak, block_of(files.device))
+    wanted = open_caches(parts, files, speak)
+    tasks = [room.plan(one) for one in wanted]
+    caches = tuple(one.cache for one in wanted)
+    return Answers(caches[0], caches[1] if len(caches) > 1 else None, caches, (*tasks, files.let_go))
+
+
+@dataclass(frozen=True)
+class WantedCache:
+    """A cache, and what a training wants of it.
+
+    Args:
+        cache: of the loader's images and views.
+        loader: of the images.
+        num_fixed: views of each image that will be wanted.
+        what: these images are, in words.
+        first: whether it is filled before the training, and not as that asks.
+    """
+
+    cache: CachedTeachers
+    loader: TrainLoader
+    num_fixed: int
+    what: str
+    first: bool
+
+
+def teacher_files(parts: Parts) -> TeacherFiles:
+    """The teachers of a training, in memory until they are let go of."""
+    ensemble = TeacherEnsemble([one.teacher for one in parts.teachers])
     device = choose_device(parts.recipe.train.device)
-    files = TeacherFiles(ensemble, parts.recipe.teachers, splits.image_shape, features, execution, device)
+    features, execution = parts.needs.teacher_features, teacher_execution(parts.recipe.ensemble)
+    return TeacherFiles(ensemble, parts.recipe.teachers, parts.splits.image_shape, features, execution, device)
+
+
+def open_caches(parts: Parts, files: TeacherFiles, speak: Console) -> list[WantedCache]:
+    """The caches of a training: of its training images, and of the held-out ones if its method wants them."""
+    settings, splits = parts.recipe.cache, parts.splits
 
     def cache_of(loader: TrainLoader) -> CachedTeachers:
         return open_cache(
             Path(settings.dir) if settings.dir else default_folder(),
-            teachers=teachers,
-            features=features,
+            teachers=[one.teacher for one in parts.teachers],
+            features=parts.needs.teacher_features,
             split=loader.split,
             views=loader.views,
             data_name=splits.name,
-            device=device,
+            device=files.device,
             open_teachers=files,
             tell=lambda text: speak.print(f"note: {text}"),
             top_k=settings.top_k,
-            precision=execution.precision,
+            precision=teacher_execution(parts.recipe.ensemble).precision,
         )
 
-    training = cache_of(parts.loader)
     num_fixed = parts.loader.num_fixed_views or parts.loader.views.num_views
     first = parts.loader.num_fixed_views is not None or fills_first(num_fixed, parts.recipe.train.epochs)
-    room = Room(settings.max_gb, speak, CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK)
-    tasks = [room.plan(training, parts.loader, num_fixed, "training images", first=first)]
-    caches = [training]
+    wanted = [WantedCache(cache_of(parts.loader), parts.loader, num_fixed, "training images", first)]
     if splits.holdout is not None and parts.needs.heldout:
         loader = as_it_is(splits.holdout, parts.loader)
-        caches.append(cache_of(loader))
-        tasks.append(room.plan(caches[1], loader, 1, "held-out images", first=True))
-    tasks.append(files.let_go)
-    return Answers(training, caches[-1] if len(caches) > 1 else None, tuple(caches), tuple(tasks))
+        wanted.append(WantedCache(cache_of(loader), loader, 1, "held-out images", True))
+    return wanted
+
+
+def fill_for_all(trainings: Sequence[Parts], speak: Console) -> None:
+    """Fills the caches of several trainings on the same teachers and images; the teachers answer once for all of them.
+
+    What a training fills as it asks is left to it.
+
+    Raises:
+        InputError: the caches would be larger than `cache.max_gb`.
+        RunError: there is not enough space on the disk.
+    """
+    asking = [parts for parts in trainings if parts.methods[0].shapes.teachers and parts.recipe.cache.enabled]
+    if not asking:
+        return
+    files = [teacher_files(parts) for parts in asking]
+    room = Room(asking[0].recipe.cache.max_gb, speak, block_of(files[0].device))
+    ask = files[0].live(ALL_MAPS, block=room.block)
+    with contextlib.ExitStack() as opened:
+        groups: dict[tuple[str, str, int], dict[Path, WantedCache]] = {}
+        for parts, theirs in zip(asking, files, strict=True):
+            for one in open_caches(parts, theirs, speak):
+                opened.callback(one.cache.close)
+                same = groups.setdefault((one.what, one.loader.views.key(), one.num_fixed), {})
+                if one.first:
+                    same.setdefault(one.cache.store.folder, one)
+        for group in groups.values():
+            missing = [one for one in group.values() if room.survey(one).num_missing]
+            if missing:
+                caches, loader, num_fixed = [one.cache for one in missing], missing[0].loader, missing[0].num_fixed
+                room.fill(partial(fill_together, caches, ask, loader, num_fixed, room.block))
 
 
 def fills_first(num_views: int, epochs: int) -> bool:
@@ -185,23 +253,19 @@ class Room:
     block: int
     promised_bytes: int = 0
 
-    def plan(
-        self, cache: CachedTeachers, loader: TrainLoader, num_fixed: int, what: str, *, first: bool
-    ) -> Callable[[], None]:
-        """Says how large the cache is and how long it takes to fill, and checks that there is room.
+    def plan(self, one: WantedCache) -> Callable[[], None]:
+        """Looks at a cache as `survey` does, and gives what makes it ready."""
+        if not self.survey(one).num_missing:
+            return one.cache.release
+        if not one.first:
+            return one.cache.hold
+        return partial(self.fill, partial(one.cache.fill, one.loader, one.num_fixed, self.block))
 
-        Args:
-            cache: of these images.
-            loader: of these images.
-            num_fixed: views of each image that will be wanted.
-            what: these images are, in words.
-            first: whether the cache is filled before the training, and not as that asks.
-
-        Returns:
-            What makes it ready.
-        """
-        survey = cache.survey(loader, num_fixed, self.block, measure=first)
-        views = f"{num_fixed} view{'s' if num_fixed > 1 else ''} of {len(loader.split):,} {what}"
+    def survey(self, one: WantedCache) -> Survey:
+        """Says how large a cache is and how long it takes to fill, and checks that there is room."""
+        cache = one.cache
+        survey = cache.survey(one.loader, one.num_fixed, self.block, measure=one.first)
+        views = f"{one.num_fixed} view{'s' if one.num_fixed > 1 else ''} of {len(one.loader.split):,} {one.what}"
         head = f"teacher cache: {views} · {survey.num_bytes / 1e9:.3g} GB"
         folder = cache.store.folder
         if survey.num_damaged:
@@ -210,19 +274,20 @@ class Room:
             )
         if not survey.num_missing:
             self.speak.print(f"{head} · complete, no teacher is asked · {folder}")
-            return cache.release
+            return survey
         new_bytes = survey.num_missing * cache.layout.row_bytes
         require_room(cache, survey.num_bytes, new_bytes, self.max_gb, self.promised_bytes)
         self.promised_bytes += new_bytes
         missing = survey.num_missing / survey.num_rows
-        if not first:
+        if not one.first:
             self.speak.print(f"{head} when full, {1 - missing:.0%} there, filled as the training asks · {folder}")
-            return cache.hold
+            return survey
         part = "" if missing == 1 else f"{missing:.0%} missing, "
         self.speak.print(f"{head} · {part}about {format_seconds(survey.seconds)} to fill · {folder}")
-        return partial(self._fill, cache, loader, num_fixed)
+        return survey
 
-    def _fill(self, cache: CachedTeachers, loader: TrainLoader, num_fixed: int) -> None:
+    def fill(self, fill: Callable[[Callable[[int, int], None]], None]) -> None:
+        """Fills, and says how far it is; `fill` takes what is called with how many of how many views are done."""
         begun = told = time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -233,5 +298,5 @@ class Room:
                 left = format_seconds((now - begun) * (total - done) / done)
                 self.speak.print(f"teacher cache: {done / total:.0%} · {left} left")
 
-        cache.fill(loader, num_fixed, self.block, progress)
+        fill(progress)
         self.speak.print(f"teacher cache: filled in {format_seconds(time.monotonic() - begun)}")
