@@ -40,6 +40,7 @@ class Progress:
         images_per_s: training images per second; 0 if not known yet.
         data_wait: the part of the time in which the step waited for its images, 0 to 1.
         seconds_left: to the end of the training; None if not known yet.
+        label: which of several trainings it is; empty where there is one.
     """
 
     epoch: int
@@ -51,6 +52,7 @@ class Progress:
     images_per_s: float = 0.0
     data_wait: float = 0.0
     seconds_left: float | None = None
+    label: str = ""
 
 
 def format_seconds(seconds: float) -> str:
@@ -80,8 +82,9 @@ def format_speed(progress: Progress) -> str:
 
 
 def format_place(progress: Progress) -> str:
-    """`epoch 3/60 · step 120/352`."""
-    return f"epoch {progress.epoch}/{progress.num_epochs} · step {progress.step}/{progress.num_steps}"
+    """`epoch 3/60 · step 120/352`; before it which training it is, where there are several."""
+    label = f"{progress.label} · " if progress.label else ""
+    return f"{label}epoch {progress.epoch}/{progress.num_epochs} · step {progress.step}/{progress.num_steps}"
 
 
 @runtime_checkable

@@ -15,10 +15,8 @@ from kdcompress.cli._grammar import SeveralValuesCommand, sections
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--teachers", metavar="CKPT CKPT ...", multiple=True, help="Checkpoints, as PATH or ARCH:PATH.")
 @click.option("--methods", metavar="A B ...", multiple=True, help="NAME, NAME:OPTION=VALUE,… or a recipe, each.")
-@click.option("--seeds", metavar="N", default=8, show_default=True, type=click.IntRange(min=2), help="Runs per method.")
-@click.option(
-    "--trials", metavar="M", default=1, show_default=True, type=click.IntRange(min=1), help="Settings tried per method."
-)
+@click.option("--seeds", metavar="N", type=click.IntRange(2, 1000), help="Trainings of each method [default: 8].")
+@click.option("--trials", metavar="M", type=click.IntRange(1, 9), help="Settings tried for each method [default: 1].")
 @click.option("--student", metavar="ARCH", help="Architecture of the student (kdcompress ls models).")
 @click.option("--students", metavar="ARCH ARCH ...", multiple=True, help="For methods that train several.")
 @click.option("--data", metavar="DATA", help="A folder, a .zip or .tar of one, digits, cifar10:ROOT, imagenet:ROOT …")
@@ -33,14 +31,14 @@ from kdcompress.cli._grammar import SeveralValuesCommand, sections
 def command(
     overrides: tuple[str, ...],
     teachers: tuple[str, ...],
-    methods: tuple[str, ...],  # noqa: ARG001
-    seeds: int,  # noqa: ARG001
-    trials: int,  # noqa: ARG001
+    methods: tuple[str, ...],
+    seeds: int | None,
+    trials: int | None,
     students: tuple[str, ...],
     recipe: str | None,
     headroom: bool,
     out: Path | None,
-    resume: bool,  # noqa: ARG001
+    resume: bool,
     offline: bool,
     **flags: Any,
 ) -> None:
@@ -51,7 +49,11 @@ def command(
     kdcompress compare --teachers a.pt b.pt c.pt --methods amtml-kd amtml-kd:variant=paper ca-mkd --seeds 8
     """
     changes = sections(teachers, students, **flags)
-    if not headroom:
-        raise click.UsageError("only --headroom can be measured so far")
-    measure = importlib.import_module("kdcompress.pipeline.headroom").headroom
-    measure(changes, overrides, recipe=recipe, out=out, offline=offline)
+    if headroom:
+        measure = importlib.import_module("kdcompress.pipeline.headroom").headroom
+        measure(changes, overrides, recipe=recipe, out=out, offline=offline)
+        return
+    from kdcompress.pipeline.compare import compare
+
+    settings: dict[str, Any] = {"methods": methods, "seeds": seeds, "trials": trials, "recipe": recipe}
+    compare(changes, overrides, **settings, out=out, resume=resume, offline=offline)

@@ -37,8 +37,11 @@ def command(
 ) -> None:
     """Hold every model of a run against its teacher ensemble: accuracy, latency, size.
 
-    The test images are used here and nowhere else. Writes report.json and report.md.
+    The test images are used here and nowhere else. Writes report.json and report.md. Of a comparison, shows its table.
     """
-    from kdcompress.pipeline.report import report
+    from kdcompress.pipeline.report import COMPARISON_FILE, report, show_comparison
 
+    if source is not None and (source / COMPARISON_FILE).is_file():
+        show_comparison(source)
+        return
     report(source, data=data, holdout=holdout, batch_sizes=batch_sizes, threads=threads, restarts=restarts, out=out)

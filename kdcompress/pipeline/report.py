@@ -30,7 +30,17 @@ from kdcompress.pipeline._teachers import (
 )
 from kdcompress.pipeline.base import RunFolder, console, open_splits, require_classes
 from kdcompress.recipe import TeacherSection
-from kdcompress.report import Report, Row, build_report, render_terminal, write_report
+from kdcompress.report import (
+    COMPARISON_FILE,
+    Comparison,
+    Report,
+    Row,
+    build_report,
+    read_comparison,
+    render_comparison,
+    render_terminal,
+    write_report,
+)
 from kdcompress.report.base import REPORT_FILE, RowKind
 from kdcompress.runtimes import open_bundle
 from kdcompress.train import LOG
@@ -104,11 +114,29 @@ def report(
         student_saw_val=facts.student_saw_val,
         smoke_test=smoke_test,
         notes=(*facts.notes, *last_words(run.path / LOG, [teacher.name for teacher in teachers])),
+        comparison=comparison_around(run.path),
     )
     write_report(document, folder)
     speak.print(render_terminal(document))
     speak.print(f"{folder / REPORT_FILE} · {folder / 'report.md'}")
     return document
+
+
+def show_comparison(folder: Path) -> None:
+    """Shows a finished comparison.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    console().print(render_comparison(read_comparison(folder / COMPARISON_FILE)))
+
+
+def comparison_around(path: Path) -> Comparison | None:
+    """The finished comparison that a run is a part of, as one of its trainings or one that tuned."""
+    for folder in path.resolve().parents[:3]:
+        if (folder / COMPARISON_FILE).is_file():
+            return read_comparison(folder / COMPARISON_FILE)
+    return None
 
 
 def build_rows(

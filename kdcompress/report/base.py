@@ -14,6 +14,7 @@ from kdcompress.bundle import Precision
 from kdcompress.errors import InputError
 from kdcompress.evaluate import Accuracy, PairedDifference
 from kdcompress.latency import Latency
+from kdcompress.report._comparison import Comparison
 
 SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
@@ -128,6 +129,7 @@ class Report(_Part):
     notes: tuple[str, ...]
     machine: dict[str, Any]
     versions: dict[str, str]
+    comparison: Comparison | None = None
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -147,6 +149,7 @@ def build_report(
     student_saw_val: bool | None,
     smoke_test: bool = False,
     notes: Sequence[str] = (),
+    comparison: Comparison | None = None,
 ) -> Report:
     """Puts rows together: adds speed-ups, and the sentences that follow from the numbers.
 
@@ -161,6 +164,7 @@ def build_report(
         student_saw_val: the same for the student, by its own training or by where it started from.
         smoke_test: this run shows that everything works, and its numbers are no result.
         notes: sentences that the report must carry.
+        comparison: that this run is a part of.
 
     Raises:
         ValueError: two rows have one name, or none is called `reference`.
@@ -185,6 +189,7 @@ def build_report(
         notes=tuple(notes),
         machine=dict(machine),
         versions=dict(versions),
+        comparison=comparison,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kdcompress.report._comparison_table import comparison_lines
 from kdcompress.report.base import Report, columns, legend
 
 
@@ -21,6 +22,8 @@ def render_markdown(report: Report) -> str:
     ):
         if sentences:
             lines += ["", f"## {heading}", "", *(f"- {sentence}" for sentence in sentences)]
+    if report.comparison is not None:
+        lines += ["", "## Comparison", "", *comparison_lines(report.comparison)]
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kdcompress.report._comparison_table import render_comparison
 from kdcompress.report.base import Report, columns, legend
 
 
@@ -19,4 +20,5 @@ def render_terminal(report: Report) -> RenderableType:
         # Text, not str: a name in square brackets is not markup.
         table.add_row(*(Text(column.cell(row)) for column in shown))
     sentences = [Text(sentence) for sentence in (*report.findings, *report.notes)]
-    return Group(table, *sentences, *(Text(line, style="dim") for line in legend(report)))
+    comparison = [render_comparison(report.comparison)] if report.comparison is not None else []
+    return Group(table, *sentences, *(Text(line, style="dim") for line in legend(report)), *comparison)

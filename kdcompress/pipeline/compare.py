@@ -1,0 +1,320 @@
+"""Methods on equal terms: tuned alike, trained over the same seeds, judged once, held against each other."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kdcompress.display import format_seconds, open_display
+from kdcompress.errors import InputError, NonFiniteError
+from kdcompress.files import atomic_write, require_empty
+from kdcompress.latency import count_macs, describe_machine, versions
+from kdcompress.pipeline._answers import fill_for_all
+from kdcompress.pipeline._contenders import (
+    EQUAL_COMPUTE,
+    REFERENCE,
+    SUPERVISED,
+    Contender,
+    read_contenders,
+    with_epochs,
+)
+from kdcompress.pipeline._parts import Materials, Parts, open_materials, prepare, with_whole_paths
+from kdcompress.pipeline._plan import Plan, newest, require_same_command, with_seeds
+from kdcompress.pipeline._runs import DIVERGED_FILE, OneOfMany, PlannedRun, judge, read_log, seconds_left
+from kdcompress.pipeline._teachers import resolved
+from kdcompress.pipeline._trials import (
+    JudgedOn,
+    Setting,
+    best_setting,
+    counting_run,
+    design,
+    find_knobs,
+    judge_trial,
+    tuning_runs,
+    with_setting,
+)
+from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console
+from kdcompress.pipeline.distill import carry_out
+from kdcompress.recipe import Recipe
+from kdcompress.report import (
+    COMPARISON_FILE,
+    ComparedRun,
+    Comparison,
+    MethodRuns,
+    compare_runs,
+    render_comparison,
+    shown_setting,
+    write_comparison,
+)
+
+SEEDS = 8
+"""Runs of each method, where nothing else is asked for."""
+PASSES = 3
+"""Forward passes that a training step of the student is worth: one forward, and a backward of twice its work."""
+
+
+def compare(
+    changes: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    methods: Sequence[str] = (),
+    seeds: int | None = None,
+    trials: int | None = None,
+    recipe: str | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    offline: bool = False,
+) -> Comparison:
+    """Trains every method over the same seeds and leaves a folder with all runs, `compare.json` and `compare.md`.
+
+    Args:
+        changes: recipe sections from the command's flags, shared by all methods.
+        overrides: texts `KEY=VALUE`, shared by all methods.
+        methods: `NAME`, `NAME:OPTION=VALUE,…` or a recipe, each; `avg-kd` and `supervised` are always there.
+        seeds: runs of each method; 8 where nothing is said. A resumed comparison may be given more.
+        trials: settings tried for each method on val; 1 where nothing is said: its defaults.
+        recipe: name or file of a recipe that all methods share, but for its method.
+        out: the folder; by default a new one under `runs/`, or with `resume` the newest one there.
+        resume: go on with a comparison that was stopped.
+        offline: download nothing.
+
+    Raises:
+        KdcompressError: see `errors`; nothing is written before every method has been built once.
+    """
+    speak, quiet = console(), Console(quiet=True)
+    command = {
+        "methods": list(methods),
+        "trials": trials,
+        "recipe": recipe,
+        "sections": json.loads(json.dumps(changes)),
+        "overrides": list(overrides),
+    }
+    if resume:
+        folder = out or newest()
+        plan = with_seeds(Plan.read(folder), seeds)
+        require_same_command(plan.command, command)
+        materials = open_materials(plan.contenders[0].recipe, speak)
+        if materials.splits.digest != plan.data_digest:
+            raise InputError("the data is not what the comparison began with", where=str(folder), fix="the same data")
+        parts = prepare_all(plan.contenders, quiet, materials, offline)
+    else:
+        if out is not None:
+            require_empty(out)
+        contenders = read_contenders(methods, changes, overrides, recipe)
+        materials = open_materials(contenders[0].recipe, speak)
+        contenders = tuple(replace(one, recipe=whole(one, materials)) for one in contenders)
+        parts = prepare_all(contenders, quiet, materials, offline)
+        baseline = next(one for one in contenders if one.name == SUPERVISED)
+        epochs = equal_compute_epochs(parts[SUPERVISED])
+        contenders = (*contenders[:2], with_epochs(baseline, EQUAL_COMPUTE, epochs), *contenders[2:])
+        plan = Plan(command, seeds or SEEDS, trials or 1, materials.splits.digest, contenders)
+        folder = RunFolder.create(out, "compare").path
+    plan.write(folder)
+    speak.print(
+        f"compare: {len(plan.contenders)} methods × {plan.seeds} seeds"
+        + (f", before that {plan.trials} settings tried for each" if plan.trials > 1 else "")
+        + f" · {folder}"
+    )
+    notes = comparison_notes(plan, parts)
+    for note in notes:
+        speak.print(f"note: {note}")
+    fill_for_all(list(parts.values()), speak)
+
+    facts = parts[REFERENCE].facts
+    judged_on: JudgedOn = "val"
+    if facts.student_saw_val is not False and materials.splits.holdout is not None:
+        judged_on = "holdout"
+    designs = {name: design(find_knobs(one.recipe, one.methods[0]), plan.trials) for name, one in parts.items()}
+    del parts
+    tuned = [one for one in plan.contenders if one.name != EQUAL_COMPUTE] if plan.trials > 1 else []
+    tries = {one.name: tuning_runs(folder, one, designs[one.name]) for one in tuned}
+    trying = [run for settings in tries.values() for group in settings for run in group]
+    everything = [*trying, *counting_runs(plan, folder, {})]
+    carry_out_all(trying, everything, materials, speak, offline, may_diverge=True)
+    trials_of = {
+        name: [judge_trial(s, g, judged_on, materials.splits) for s, g in zip(designs[name], groups, strict=True)]
+        for name, groups in tries.items()
+    }
+    chosen = {name: best_setting(found) for name, found in trials_of.items()}
+    for name, setting in chosen.items():
+        speak.print(f"{name}: {shown_setting(setting)} is best on {judged_on}")
+    chosen[EQUAL_COMPUTE] = chosen.get(SUPERVISED, {})
+    runs = counting_runs(plan, folder, chosen)
+    carry_out_all(runs, everything, materials, speak, offline)
+
+    speak.print(f"accuracy of {len(runs)} students on {len(materials.splits.test):,} test images")
+    found = {run.path: compared_run(run, folder, materials) for run in runs}
+    comparison = compare_runs(
+        [
+            MethodRuns(
+                one.name,
+                with_setting(one.recipe, chosen.get(one.name, {})).model_dump(mode="json"),
+                trials_of.get(one.name, ()),
+                chosen.get(one.name, {}),
+                [found[run.path] for run in runs if run.method == one.name],
+            )
+            for one in plan.contenders
+        ],
+        reference=REFERENCE,
+        data={
+            "name": materials.splits.name,
+            "part": "test",
+            "images": len(materials.splits.test),
+            "training images": len(materials.splits.train),
+            "digest": materials.splits.digest,
+        },
+        judged_on=judged_on,
+        teachers=facts.teachers,
+        teachers_saw_val=facts.teachers_saw_val,
+        student_saw_val=facts.student_saw_val,
+        notes=notes,
+        machine=describe_machine(),
+        versions=versions(),
+    )
+    write_comparison(comparison, folder)
+    speak.print(render_comparison(comparison))
+    speak.print(f"{folder / COMPARISON_FILE} · {folder / 'compare.md'}")
+    return comparison
+
+
+def whole(contender: Contender, materials: Materials) -> Recipe:
+    """Its recipe with everything said that opening the images and teachers has found out."""
+    asked = contender.recipe
+    found = {"source": materials.data.source, "image_size": materials.data.image_size}
+    teachers = tuple(resolved(s, one) for s, one in zip(asked.teachers, materials.teachers, strict=True))
+    return with_whole_paths(
+        asked.model_copy(update={"data": asked.data.model_copy(update=found), "teachers": teachers})
+    )
+
+
+def prepare_all(
+    contenders: Sequence[Contender], quiet: Console, materials: Materials, offline: bool
+) -> dict[str, Parts]:
+    """Builds every method once, so that what is wrong with one is known before anything runs.
+
+    Raises:
+        KdcompressError: with the method's name.
+    """
+    parts = {}
+    for one in contenders:
+        try:
+            parts[one.name] = prepare(one.recipe, quiet, offline=offline, materials=materials)
+        except InputError as error:
+            error.what = f"{one.name}: {error.what}"
+            raise
+    return parts
+
+
+def equal_compute_epochs(parts: Parts) -> int:
+    """For how many epochs labels alone would cost as many multiply-accumulates as distillation with live teachers."""
+    student = count_macs(parts.students[0].student.deployable(), parts.splits.image_shape)
+    teachers = sum(count_macs(one.teacher.network, one.teacher.preprocess.image_shape) for one in parts.teachers)
+    return round(parts.recipe.train.epochs * (1 + teachers / (PASSES * student)))
+
+
+def comparison_notes(plan: Plan, parts: Mapping[str, Parts]) -> tuple[str, ...]:
+    """What must be known of these methods on these teachers."""
+    epochs = {one.name: one.recipe.train.epochs for one in plan.contenders}
+    notes = [
+        f"{EQUAL_COMPUTE}: {epochs[EQUAL_COMPUTE]} epochs, as many multiply-accumulates as {epochs[SUPERVISED]} with "
+        f"live teachers (a training step is {PASSES} forward passes of the student); setting as {SUPERVISED}"
+    ]
+    cache = plan.contenders[0].recipe.cache
+    if cache.enabled:
+        notes.append(
+            "teachers' answers are replayed: methods with teachers see the same views of each image at every seed "
+            f"(at most {cache.views}), and images/s is without the teachers' passes"
+        )
+    for name, one in parts.items():
+        count = len(one.students)
+        if count > 1:
+            notes.append(f"{name} trains {count} students together; the first one is judged")
+        if one.recipe.train.pretrain_epochs and one.needs.self_teacher:
+            notes.append(f"{name} trains each student alone for {one.recipe.train.pretrain_epochs} more epochs first")
+    facts = parts[REFERENCE].facts
+    if plan.trials > 1 and facts.student_saw_val is not False and parts[REFERENCE].splits.holdout is None:
+        notes.append(
+            "settings are chosen on val, which the students' first weights may have seen: that favours small steps; "
+            "with --holdout they are chosen there"
+        )
+    known = dict.fromkeys(note for one in parts.values() for note in one.facts.notes)
+    return (*notes, *(note for note in known if "asks no teachers" not in note))
+
+
+def counting_runs(plan: Plan, folder: Path, settings: Mapping[str, Setting]) -> list[PlannedRun]:
+    """The trainings that count: all methods at the first seed, then all at the next, so that neighbours compare."""
+    return [
+        counting_run(folder, one, settings.get(one.name, {}), number)
+        for number in range(plan.seeds)
+        for one in plan.contenders
+    ]
+
+
+def carry_out_all(
+    runs: Sequence[PlannedRun],
+    everything: Sequence[PlannedRun],
+    materials: Materials,
+    speak: Console,
+    offline: bool,
+    *,
+    may_diverge: bool = False,
+) -> None:
+    """Trains what is not finished, one after another, and says how far the whole is.
+
+    Args:
+        runs: in order.
+        everything: all trainings of the comparison, these among them.
+        materials: their images and teachers.
+        speak: where to say it.
+        offline: download nothing.
+        may_diverge: take note of a loss that is not finite and go on.
+
+    Raises:
+        KdcompressError: a training failed or was stopped.
+    """
+    quiet = Console(quiet=True)
+    numbers = {run.path: number for number, run in enumerate(everything, start=1)}
+    for run in runs:
+        if run.is_finished:
+            continue
+        label = f"training {numbers[run.path]} of {len(everything)} · {run.label}"
+        display = OneOfMany(open_display(), label, seconds_left(everything, but=run))
+        stopped = RunFolder(run.path) if (run.path / RECIPE_FILE).is_file() else None
+        asked = stopped.recipe if stopped else run.recipe
+        try:
+            carry_out(asked, run.path, quiet, stopped=stopped, offline=offline, materials=materials, display=display)
+        except NonFiniteError as error:
+            if not may_diverge:
+                raise
+            with atomic_write(run.path / DIVERGED_FILE, "w") as handle:
+                handle.write(f"{error}\n")
+            speak.print(f"{label} · diverged")
+            continue
+        gc.collect()  # what one run leaves is no memory of the next
+        facts, left = read_log(run.path, run.recipe.train.batch_size), seconds_left(everything)
+        speak.print(
+            f"{label} · val {facts.val_top1:.2%} · {format_seconds(facts.seconds)}"
+            + (f" · about {format_seconds(left)} left" if left else "")
+        )
+
+
+def compared_run(run: PlannedRun, folder: Path, materials: Materials) -> ComparedRun:
+    """What is kept of a finished training; its student is judged on the test images if it was not yet."""
+    facts = read_log(run.path, run.recipe.train.batch_size)
+    found = judge(run.path, "test", materials.splits)
+    return ComparedRun(
+        seed=run.recipe.seed,
+        folder=run.path.relative_to(folder).as_posix(),
+        top1=found["top1"],
+        nll=found["nll"],
+        val_top1=facts.val_top1,
+        images_per_s=facts.images_per_s,
+        peak_memory_mb=facts.peak_memory_mb,
+        seconds=facts.seconds,
+    )
