@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,8 @@ def command(
     """
     changes = sections(teachers, students, **flags)
     if headroom:
-        measure = importlib.import_module("kdcompress.pipeline.headroom").headroom
+        from kdcompress.pipeline.headroom import headroom as measure
+
         measure(changes, overrides, recipe=recipe, out=out, offline=offline)
         return
     from kdcompress.pipeline.compare import compare

@@ -39,7 +39,8 @@ def command(
 
     The test images are used here and nowhere else. Writes report.json and report.md. Of a comparison, shows its table.
     """
-    from kdcompress.pipeline.report import COMPARISON_FILE, report, show_comparison
+    from kdcompress.pipeline.report import report, show_comparison
+    from kdcompress.report import COMPARISON_FILE
 
     if source is not None and (source / COMPARISON_FILE).is_file():
         show_comparison(source)

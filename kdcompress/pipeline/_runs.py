@@ -97,11 +97,9 @@ def read_log(path: Path, batch_size: int) -> RunLogFacts:
 
 def step_seconds(log: Sequence[Mapping[str, Any]], batch_size: int) -> float:
     """The time that the steps of a training took, by its log points."""
-    steps: list[tuple[int, float]] = [
-        (0, 0.0),
-        *((line["step"], line["images_per_s"]) for line in log if line["event"] == "step"),
-    ]
-    return sum((step - before) * batch_size / speed for (before, _), (step, speed) in pairwise(steps))
+    points = [(int(line["step"]), float(line["images_per_s"])) for line in log if line["event"] == "step"]
+    steps = pairwise([(0, 0.0), *points])
+    return sum((step - before) * batch_size / speed for (before, _), (step, speed) in steps)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

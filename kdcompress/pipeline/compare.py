@@ -109,6 +109,8 @@ def compare(
         contenders = read_contenders(methods, changes, overrides, recipe)
         materials = open_materials(contenders[0].recipe, speak)
         contenders = tuple(replace(one, recipe=whole(one, materials)) for one in contenders)
+        reference = prepare(contenders[0].recipe, quiet, offline=offline, materials=materials).recipe
+        contenders = tuple(executed_like(one, reference) for one in contenders)
         parts = prepare_all(contenders, quiet, materials, offline)
         baseline = next(one for one in contenders if one.name == SUPERVISED)
         epochs = equal_compute_epochs(parts[SUPERVISED])
@@ -191,6 +193,13 @@ def whole(contender: Contender, materials: Materials) -> Recipe:
     return with_whole_paths(
         asked.model_copy(update={"data": asked.data.model_copy(update=found), "teachers": teachers})
     )
+
+
+def executed_like(contender: Contender, found: Recipe) -> Contender:
+    """The contender run as was found best on this machine for the reference: precision, layout, compiling."""
+    ways = {key: getattr(found.train, key) for key in ("precision", "channels_last", "compile")}
+    changes = {"train": contender.recipe.train.model_copy(update=ways), "ensemble": found.ensemble}
+    return replace(contender, recipe=contender.recipe.model_copy(update=changes))
 
 
 def prepare_all(

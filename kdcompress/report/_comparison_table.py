@@ -102,8 +102,8 @@ def conditions(comparison: Comparison) -> tuple[str, ...]:
     machine = comparison.machine
     versions = ", ".join(f"{package} {version}" for package, version in comparison.versions.items())
     return (
-        f"Data: {', '.join(f'{key} {value}' for key, value in data.items() if key != 'digest')}. Top-1 is of the last epoch on "
-        f"{data['images']:,} test images, looked at once; mean ± standard deviation over n seeds (n).",
+        f"Data: {', '.join(f'{key} {value}' for key, value in data.items() if key != 'digest')}. Top-1 is of the last "
+        f"epoch on {data['images']:,} test images, looked at once; mean ± standard deviation over n seeds (n).",
         f"Equal terms: teachers {', '.join(str(teacher['name']) for teacher in comparison.teachers)}; "
         f"{_count(train['epochs'], 'epoch')}; {tuned}.",
         "Differences are paired by seed, with Student's 95 % interval, not adjusted. A verdict needs "
