@@ -54,6 +54,7 @@ def command(
         measure(changes, overrides, recipe=recipe, out=out, offline=offline)
         return
     from kdcompress.pipeline.compare import compare
+    from kdcompress.pipeline.distill import carry_out
 
     settings: dict[str, Any] = {"methods": methods, "seeds": seeds, "trials": trials, "recipe": recipe}
-    compare(changes, overrides, **settings, out=out, resume=resume, offline=offline)
+    compare(changes, overrides, train=carry_out, **settings, out=out, resume=resume, offline=offline)

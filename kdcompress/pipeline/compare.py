@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from kdcompress.pipeline._trials import (
     with_setting,
 )
 from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console
-from kdcompress.pipeline.distill import carry_out
 from kdcompress.recipe import Recipe
 from kdcompress.report import (
     COMPARISON_FILE,
@@ -63,6 +62,7 @@ def compare(
     changes: Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
+    train: Callable[..., RunFolder],
     methods: Sequence[str] = (),
     seeds: int | None = None,
     trials: int | None = None,
@@ -76,6 +76,7 @@ def compare(
     Args:
         changes: recipe sections from the command's flags, shared by all methods.
         overrides: texts `KEY=VALUE`, shared by all methods.
+        train: `pipeline.distill.carry_out`, which carries out one training.
         methods: `NAME`, `NAME:OPTION=VALUE,…` or a recipe, each; `avg-kd` and `supervised` are always there.
         seeds: runs of each method; 8 where nothing is said. A resumed comparison may be given more.
         trials: settings tried for each method on val; 1 where nothing is said: its defaults.
@@ -138,7 +139,7 @@ def compare(
     tries = {one.name: tuning_runs(folder, one, designs[one.name]) for one in tuned}
     trying = [run for settings in tries.values() for group in settings for run in group]
     everything = [*trying, *counting_runs(plan, folder, {})]
-    carry_out_all(trying, everything, materials, speak, offline, may_diverge=True)
+    carry_out_all(train, trying, everything, materials, speak, offline, may_diverge=True)
     trials_of = {
         name: [judge_trial(s, g, judged_on, materials.splits) for s, g in zip(designs[name], groups, strict=True)]
         for name, groups in tries.items()
@@ -148,7 +149,7 @@ def compare(
         speak.print(f"{name}: {shown_setting(setting)} is best on {judged_on}")
     chosen[EQUAL_COMPUTE] = chosen.get(SUPERVISED, {})
     runs = counting_runs(plan, folder, chosen)
-    carry_out_all(runs, everything, materials, speak, offline)
+    carry_out_all(train, runs, everything, materials, speak, offline)
 
     speak.print(f"accuracy of {len(runs)} students on {len(materials.splits.test):,} test images")
     found = {run.path: compared_run(run, folder, materials) for run in runs}
@@ -266,6 +267,7 @@ def counting_runs(plan: Plan, folder: Path, settings: Mapping[str, Setting]) -> 
 
 
 def carry_out_all(
+    train: Callable[..., RunFolder],
     runs: Sequence[PlannedRun],
     everything: Sequence[PlannedRun],
     materials: Materials,
@@ -277,6 +279,7 @@ def carry_out_all(
     """Trains what is not finished, one after another, and says how far the whole is.
 
     Args:
+        train: carries out one of them.
         runs: in order.
         everything: all trainings of the comparison, these among them.
         materials: their images and teachers.
@@ -297,7 +300,7 @@ def carry_out_all(
         stopped = RunFolder(run.path) if (run.path / RECIPE_FILE).is_file() else None
         asked = stopped.recipe if stopped else run.recipe
         try:
-            carry_out(asked, run.path, quiet, stopped=stopped, offline=offline, materials=materials, display=display)
+            train(asked, run.path, quiet, stopped=stopped, offline=offline, materials=materials, display=display)
         except NonFiniteError as error:
             if not may_diverge:
                 raise
