@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
+import torch._functorch.config
+from torch import nn
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
@@ -49,6 +52,17 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The block in which a network with fp32 weights runs at `precision`; nothing is changed for fp32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def compiled(network: nn.Module) -> Callable[..., Any]:
+    """The forward pass of a network that is trained, compiled; one kernel for each size of batch.
+
+    A term's gradient is measured on the graph that is then differentiated (`balance`), so the graph has to outlive a
+    backward pass: its buffers may not be given to the first one.
+    """
+    torch._functorch.config.donated_buffer = False
+    forward: Callable[..., Any] = torch.compile(network, dynamic=False)
+    return forward
 
 
 def why_not_compiled(device: torch.device) -> str | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kdcompress.errors import InputError
-from kdcompress.execution import Execution, Precision, autocast, why_not_compiled
+from kdcompress.execution import Execution, Precision, autocast, compiled, why_not_compiled
 from kdcompress.live_teachers import LiveTeachers
 from kdcompress.networks import Student, TeacherEnsemble
 from kdcompress.types import Batch, FeatureForm, Images
@@ -132,7 +132,7 @@ def student_step(student: Student, images: Images, device: torch.device) -> Call
 
     def build(execution: Execution) -> Callable[[], None]:
         own = copy.deepcopy(student).to(device).to(memory_format=execution.memory_format).train()
-        forward = torch.compile(own, dynamic=False) if execution.compiled else own
+        forward = compiled(own) if execution.compiled else own
         batch = images.to(device)
         labels = torch.zeros(len(batch), dtype=torch.long, device=device)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdcompress.balance import Balancer
 from kdcompress.checkpoint import not_finite, seed_step
 from kdcompress.errors import InputError, NonFiniteError
-from kdcompress.execution import Execution, autocast
+from kdcompress.execution import Execution, autocast, compiled
 from kdcompress.ledger import Ledger
 from kdcompress.methods.base import Method
 from kdcompress.networks import Student
@@ -62,7 +62,7 @@ class Run:
         self.execution = execution
         self.students = [student.to(device).to(memory_format=execution.memory_format) for student in students]
         self._forwards: list[Callable[[Images], Outputs]] = [
-            torch.compile(student, dynamic=False) if execution.compiled else student for student in self.students
+            compiled(student) if execution.compiled else student for student in self.students
         ]
         self.methods = [method.to(device) for method in methods]
         self.optimisation = optimisation

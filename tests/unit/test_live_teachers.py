@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcompress.bundle import Preprocess
-from kdcompress.execution import Execution, why_not_compiled
+from kdcompress.execution import Execution
 from kdcompress.live_teachers import LiveTeachers, agreement, prepare_teacher
 from kdcompress.models import build_network
 from kdcompress.networks import Teacher, TeacherEnsemble
@@ -132,16 +132,3 @@ def test_one_teacher_per_step_is_drawn_by_the_batch_and_evenly() -> None:
         torch.testing.assert_close(outputs.logits[:, 0], all_of_them[:, number])
     assert drawn == [live(batch(images, start)).teacher_ids[0] for start in range(60)]
     assert min(drawn.count(number) for number in range(3)) >= 8
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(why_not_compiled(torch.device("cpu")) is not None, reason="no compiler")
-def test_compiled_teachers_answer_batches_of_any_size_the_same() -> None:
-    ensemble = TeacherEnsemble([teacher()])
-    live = LiveTeachers(ensemble, {"last": "pooled"}, Execution(compiled=True), block=4)
-    plain = LiveTeachers(ensemble, {"last": "pooled"})
-    for count in (4, 3, 9, 1):
-        images = torch.rand(count, 3, 8, 8)
-        found, expected = live(batch(images)), plain(batch(images))
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(found.features[0]["stage3"], expected.features[0]["stage3"], atol=1e-4, rtol=1e-3)
