@@ -1,4 +1,4 @@
-"""How networks are run, as processes: jaxtyping's checks in the tests' own process and torch's compiler exclude each other."""
+"""How networks are run, as processes: the compiler does not see through the checks of the tests' own process."""
 
 from __future__ import annotations
 
