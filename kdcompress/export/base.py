@@ -64,7 +64,7 @@ def way_to(kind: Kind, name: str) -> tuple[str, ...]:
     while (needed := find_target(way[0]).takes) != kind:
         before = [other for other in list_targets() if find_target(other).makes == needed and other not in way]
         if not before:
-            raise InputError(f"no way from a {kind} bundle to the target {name}", fix=f"give a {needed} bundle")
+            raise InputError(f"no way from a bundle of kind {kind} to the target {name}", fix=f"give a {needed} bundle")
         way.insert(0, before[0])
     return tuple(way)
 

@@ -142,9 +142,12 @@ def open_inputs(asked: Recipe, speak: Console) -> tuple[DataSection, Splits, tup
     for note in splits.notes:
         speak.print(f"note: {note}")
     require_fitting(checkpoints, splits)
+    pairs = list(zip(asked.teachers, checkpoints, strict=True))
+    if any(checkpoint.preprocess is None and section.mean is None for section, checkpoint in pairs):
+        speak.print("the teachers' normalisation is measured on training images …")
     opened = tuple(
         open_teacher(section, checkpoint, number, splits.image_shape, partial(sample_of, splits))
-        for number, (section, checkpoint) in enumerate(zip(asked.teachers, checkpoints, strict=True), start=1)
+        for number, (section, checkpoint) in enumerate(pairs, start=1)
     )
     device = choose_device(asked.train.device)
     for one in opened:

@@ -27,7 +27,7 @@ def test_an_unknown_target_names_the_nearest() -> None:
 
 def test_the_way_is_found_by_what_targets_take_and_make() -> None:
     assert way_to("torch", "onnx") == ("onnx",)
-    with pytest.raises(InputError, match="no way from a trt bundle"):
+    with pytest.raises(InputError, match="no way from a bundle of kind trt"):
         way_to("trt", "onnx")
 
 

@@ -167,6 +167,7 @@ def in_use(tmp_path: Path) -> Iterator[StoredCache]:
     here, there = context.Pipe()
     process = context.Process(target=hold, args=(tmp_path, there))
     process.start()
+    assert here.poll(60), "the process that holds the cache did not start"
     assert here.recv() == "open"
     yield cache
     here.send("close")
