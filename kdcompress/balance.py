@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from kdcompress import ranks
 from kdcompress.errors import InputError
 from kdcompress.types import Share, Term
 
@@ -82,12 +83,14 @@ def hardly_felt(share: float, weight: float | Share) -> bool:
 def gradient_norm(value: Tensor, parameters: Iterable[nn.Parameter], scale: Tensor) -> Tensor:
     """The norm of a term's gradient on `parameters`, taken at `scale` times the term and divided by it again.
 
+    Of several processes each gives the gradient that flows through its own images; the norm is that of their sum.
     Under fp16 `scale` keeps small gradients from vanishing. The graph is kept. Not finite where the gradient is not.
     """
     if not value.requires_grad:
         return torch.zeros_like(scale)
     gradients = torch.autograd.grad(value * scale, list(parameters), retain_graph=True, allow_unused=True)
     used = [gradient for gradient in gradients if gradient is not None]
+    ranks.add_up(used)
     return torch.nn.utils.get_total_norm(used) / scale if used else torch.zeros_like(scale)
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kdcompress import ranks
 from kdcompress.errors import CheckpointError
 from kdcompress.files import atomic_write
 
@@ -46,15 +47,20 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Reads what `save_state` wrote, onto the CPU, running no code from it.
+    """Reads what `save_state` wrote, onto the CPU, running no code from it. Of several processes rank 0 reads it.
 
     Raises:
         CheckpointError: missing, truncated, of another kind or of another version.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist", where="--resume", fix="start the run without --resume")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = ranks.share(path.read_bytes() if ranks.leads() else b"")
+    except FileNotFoundError as error:
+        fix = "start the run without --resume"
+        raise CheckpointError(f"{path} does not exist", where="--resume", fix=fix) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", where="--resume") from error
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read, it is damaged or not a saved run", where="--resume") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -96,10 +102,11 @@ def environment(device: torch.device) -> dict[str, Setting]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
+        "processes": ranks.size(),
     }
 
 
-def seed_step(seed: int, step: int, device: torch.device) -> None:
+def seed_step(seed: int, step: int, device: torch.device, rank: int = 0) -> None:
     """Sets torch's generators for one step, so that dropout and the like are functions of (seed, step).
 
     What a network or a method draws must come from torch's default generators. Costs microseconds and does not wait
@@ -109,8 +116,11 @@ def seed_step(seed: int, step: int, device: torch.device) -> None:
         seed: of the run.
         step: counted over the whole training.
         device: whose generator is set besides the CPU's.
+        rank: of the process, for what each draws for its own images.
     """
     mixed = _mix(_mix(seed) ^ step)
+    if rank:
+        mixed = _mix(mixed ^ rank)
     torch.default_generator.manual_seed(mixed)
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from kdcompress import ranks
 from kdcompress.files import output_error
 
 LINE_SECONDS = 30.0
@@ -201,9 +202,12 @@ def picture(progress: Progress) -> Group:
 
 
 def open_display(console: Console | None = None) -> Display:
-    """The display that fits: a live picture on a terminal, plain lines elsewhere. By default on standard error."""
-    console = console or Console(stderr=True)
-    return TerminalDisplay(console) if console.is_terminal else LineDisplay(console)
+    """The display that fits: a live picture on a terminal, plain lines elsewhere. By default on standard error.
+
+    Of several processes only the leading one shows anything.
+    """
+    console = console or Console(stderr=True, quiet=not ranks.leads())
+    return TerminalDisplay(console) if console.is_terminal and not console.quiet else LineDisplay(console)
 
 
 class RunLog:

@@ -14,7 +14,10 @@ from kdcompress.types import Batch, EnsembleOutputs, Outputs, Step, TeacherSourc
 
 
 class HeldOut:
-    """The held-out images as the methods want them; what the teachers say of them is asked for once."""
+    """The held-out images as the methods want them; what the teachers say of them is asked for once.
+
+    Of several processes each asks about its part, and each refits on all.
+    """
 
     def __init__(
         self,
@@ -34,7 +37,7 @@ class HeldOut:
         run = self._run
         run.eval_mode()
         steps: list[list[Step]] = [[] for _ in run.students]
-        for number, batch in enumerate(eval_batches(self._split, run.students[0].num_classes)):
+        for number, batch in enumerate(eval_batches(self._split, run.students[0].num_classes, divided=True)):
             stop_if_asked()
             for index, step in enumerate(self._steps(number, batch.to(run.device))):
                 steps[index].append(step)
@@ -46,10 +49,10 @@ class HeldOut:
         run = self._run
         outputs = run.ask(batch.images)
         if number < len(self._kept):
-            own: Sequence[Outputs | None] = [kept.self_teacher for kept in self._kept[number]]
-            fresh = run.steps(batch, outputs, None, own)
+            fresh = run.steps(batch, outputs, None, [None] * len(outputs))
             steps = [
-                replace(step, teachers=kept.teachers) for step, kept in zip(fresh, self._kept[number], strict=True)
+                replace(step, teachers=kept.teachers, self_teacher=kept.self_teacher)
+                for step, kept in zip(fresh, self._kept[number], strict=True)
             ]
         else:
             answers = run.ask_teachers(batch, self._teachers)

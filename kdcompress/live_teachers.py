@@ -50,8 +50,8 @@ class LiveTeachers:
         ensemble: the teachers; copies of them answer (`prepare_teacher`).
         features: the feature maps that are wanted, and their form: `Needs.teacher_features`.
         execution: how the copies are run.
-        per_step: None asks every teacher about every batch; 1 asks one, drawn by the batch's first image and view, so
-            that it is the same one in a resumed run.
+        per_step: None asks every teacher about every batch; 1 asks one, drawn by the (global) batch's first image and
+            view, so that it is the same one in a resumed run and in all processes.
         block: compiled networks are asked about so many images at once, whatever the batch; larger ones are cut, the
             last piece filled up, for every new size is compiled anew.
     """
@@ -89,8 +89,8 @@ class LiveTeachers:
         return EnsembleOutputs(logits, tuple(output.features for output in outputs), chosen)
 
     def _drawn(self, batch: Batch) -> int:
-        first = keyed_hash(0, batch.ids[:1].cpu(), batch.views[:1].cpu())
-        return int(first.remainder(self.num_teachers))
+        ids, views = batch.global_first
+        return int(keyed_hash(0, ids, views).remainder(self.num_teachers))
 
     def _in_blocks(self, compiled: Callable[[Images], Outputs]) -> Callable[[Images], Outputs]:
         def ask(images: Images) -> Outputs:

@@ -339,6 +339,19 @@ class Student(nn.Module):
         path = find_classifier(self.network, self.preprocess.image_shape)
         return () if path is None else tuple(self.network.get_submodule(path).parameters())
 
+    def synchronised(self) -> Student:
+        """A copy whose batch norms take their statistics over the images of all processes that train together."""
+        network = copy.deepcopy(self.tapped).release()
+        return Student(
+            nn.SyncBatchNorm.convert_sync_batchnorm(network),  # type: ignore[no-untyped-call]
+            self.preprocess,
+            arch=self.arch,
+            arch_args=self.arch_args,
+            num_classes=self.num_classes,
+            in_channels=self.in_channels,
+            stages=self.tapped.paths,
+        )
+
     def frozen_copy(self, name: str) -> Teacher:
         """Itself as it is now, as a teacher that does not change: its own pre-trained copy in self-distillation."""
         network = copy.deepcopy(self.tapped).release()

@@ -91,6 +91,8 @@ class MethodSection(BaseModel):
 class TrainSection(Section):
     """The optimisation. `lr` is the peak rate, chosen by the optimizer and the student's start where it is not given.
 
+    `batch_size` is that of all processes together, where several train (`torchrun`), and `sync_batchnorm` lets batch
+    norms take their statistics over all of it (CUDA).
     `milestones` are fractions of the training at which the schedule `step` cuts the rate to `decay` of itself.
     `ema` is the decay of the exponential moving average of the weights, 0 for none; `clip_norm` bounds the
     gradient's norm; `checkpoint_minutes` is the longest time between two saved states. Where a method asks for each
@@ -117,6 +119,7 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     compile: Literal["auto"] | bool = "auto"
+    sync_batchnorm: bool = False
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
     pretrain_epochs: Annotated[int, Field(ge=1)] | None = None
     pretrain_lr: Annotated[float, Field(gt=0)] | None = None

@@ -1,12 +1,15 @@
 """The one training loop, in the order in which things happen.
 
 One step is `Run.advance` in `training_step.py`. The order of images, their views and everything drawn in a step are
-functions of (seed, epoch, step), so a run goes on from `last.pt` exactly.
+functions of (seed, epoch, step), so a run goes on from `last.pt` exactly. Several processes (`ranks`) go through it
+in step: each has its part of every batch and the same weights, and what one of them is asked to do, all do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from kdcompress import ranks
 from kdcompress.checkpoint import LAST, Setting, seed_step
 from kdcompress.data import Split, TrainLoader, eval_batches
 from kdcompress.display import Display, RunLog
@@ -99,7 +103,8 @@ def train(
     """
     device = torch.device(device)
     last = out / LAST
-    if last.exists() and not resume:
+    (begun,) = ranks.largest(int(ranks.leads() and last.exists()))
+    if begun and not resume:
         raise OutputError(f"{out} already holds a run", where=str(last), fix="--resume, or another folder")
     run = Run(students, methods, optimisation, device, execution, loader.num_steps, epochs * loader.num_steps, seed)
     settings: dict[str, Setting] = {
@@ -113,19 +118,23 @@ def train(
         **asdict(optimisation),
         **(identity or {}),
     }
-    with contextlib.closing(RunLog(out / LOG)) as log, display, Interrupts() as interrupts:
+    run.start_alike()
+    log_file = out / LOG if ranks.leads() else Path(os.devnull)
+    with contextlib.closing(RunLog(log_file)) as log, display, Interrupts() as interrupts:
         session = Session(run, epochs, settings, last, log, display)
-        if last.exists():
+        if begun:
             session.restore()
         else:
             session.save()
         session.started()
 
         def stop_if_asked() -> None:
-            if interrupts.received is not None:
+            (received,) = ranks.largest(interrupts.received)
+            if received:
                 session.save()
+                name = signal.Signals(received).name
                 raise InterruptedRunError(
-                    f"stopped by {interrupts.received} after step {run.step} of {run.num_steps}; the state is saved",
+                    f"stopped by {name} after step {run.step} of {run.num_steps}; the state is saved",
                     where=str(last),
                     fix="run the same command with --resume to go on",
                 )
@@ -146,21 +155,24 @@ def train(
             with contextlib.closing(session.timed(loader.epoch(epoch, start))) as batches:
                 for batch in batches:
                     run.advance(batch.to(device), teachers, self_teachers)
-                    session.after_step(len(batch.ids))
+                    session.after_step(batch.global_size)
                     stop_if_asked()
-                    if time.monotonic() - session.saved_at >= checkpoint_every_seconds:
+                    (old,) = ranks.largest(int(time.monotonic() - session.saved_at >= checkpoint_every_seconds))
+                    if old:
                         session.save()
 
             run.require_finite()
             top1, top1_ema = _validate(run, val, stop_if_asked) if val is not None else ((), ())
             session.finish_epoch(top1, top1_ema)
             session.save()
+        run.share_statistics()
         run.finish()
     return TrainResult(tuple(run.students), tuple(run.history), run.seconds)
 
 
 def _validate(run: Run, val: Split, stop_if_asked: Callable[[], None]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The accuracy of each student and of its averaged weights."""
+    """The accuracy of each student and of its averaged weights; of several processes each asks about its part."""
+    run.share_statistics()
     run.eval_mode()
     num_classes = run.students[0].num_classes
 
@@ -171,15 +183,17 @@ def _validate(run: Run, val: Split, stop_if_asked: Callable[[], None]) -> tuple[
             return outputs.logits.float()
 
         try:
-            return evaluate(predict, batches, num_classes).top1
+            found = evaluate(predict, batches, num_classes)
         except VerificationError as error:
             raise NonFiniteError(
                 f"the student's answers on val are not finite after step {run.step}",
                 fix="a lower train.lr, train.clip_norm=5, or train.precision=fp32",
             ) from error
+        correct, count = ranks.total(round(found.top1 * found.n), found.n)
+        return correct / count
 
     def stoppable() -> Iterator[Batch]:
-        for batch in eval_batches(val, num_classes):
+        for batch in eval_batches(val, num_classes, divided=True):
             stop_if_asked()
             yield batch
 
@@ -187,5 +201,5 @@ def _validate(run: Run, val: Split, stop_if_asked: Callable[[], None]) -> tuple[
     top1_ema = []
     for student, average in zip(run.students, run.averages, strict=False):
         with average.applied():  # nothing is saved in here
-            top1_ema.append(accuracy(student, eval_batches(val, num_classes)))
+            top1_ema.append(accuracy(student, eval_batches(val, num_classes, divided=True)))
     return top1, tuple(top1_ema)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcompress import ranks
 from kdcompress.balance import hardly_felt
 from kdcompress.checkpoint import Setting, environment, load_state, require_same, save_state
 from kdcompress.display import Display, Progress, RunLog, format_seconds
@@ -49,21 +50,24 @@ class Session:
         self.memory = PeakMemory(run.device)
 
     def save(self) -> None:
-        """Writes `last.pt`.
+        """Writes `last.pt`; of several processes the leading one does, and the others wait for it.
 
         Raises:
             NonFiniteError: the state is not finite; the old file stays.
         """
+        self.run.share_statistics()
         self.run.require_finite()
         self.run.seconds = self.seconds
-        state = {
-            "epochs": self.epochs,
-            "settings": dict(self.settings),
-            "environment": environment(self.run.device),
-            "log_bytes": self.log.position(),
-            "run": self.run.state_dict(),
-        }
-        save_state(self.last, state)
+        if ranks.leads():
+            state = {
+                "epochs": self.epochs,
+                "settings": dict(self.settings),
+                "environment": environment(self.run.device),
+                "log_bytes": self.log.position(),
+                "run": self.run.state_dict(),
+            }
+            save_state(self.last, state)
+        ranks.barrier()
         self.saved_at = time.monotonic()
 
     def restore(self) -> None:
@@ -210,10 +214,17 @@ class Session:
 
 
 class Interrupts:
-    """Takes down the first SIGINT or SIGTERM inside the block; a second one acts as it did outside."""
+    """Takes down the first SIGINT or SIGTERM inside the block; a second one acts as it did outside.
+
+    Of several processes each may be signalled more than once, by the terminal and by torchrun, so all later ones are
+    left to torchrun, which kills what has not ended after 30 seconds.
+
+    Attributes:
+        received: the signal's number; 0 if there was none.
+    """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -227,8 +238,9 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _take_down(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self.__exit__()
+        self.received = number
+        if ranks.size() == 1:
+            self.__exit__()
 
 
 def _numbers(values: Mapping[str, Tensor | float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Nothing in a step waits for the device: what was measured is noted there and rea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -12,10 +13,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kdcompress import ranks
 from kdcompress.balance import Balancer
 from kdcompress.checkpoint import not_finite, seed_step
 from kdcompress.errors import InputError, NonFiniteError
 from kdcompress.execution import Execution, autocast, compiled
+from kdcompress.global_batch import gather, gather_answers, gather_outputs
 from kdcompress.ledger import Ledger
 from kdcompress.methods.base import Method
 from kdcompress.networks import Student
@@ -144,15 +147,19 @@ class Run:
         answers: EnsembleOutputs | None,
         own: Sequence[Outputs | None],
     ) -> Iterator[Step]:
-        """What each method gets to see: its student with gradient, the others without."""
-        for index, output in enumerate(outputs):
+        """What each method gets to see of the global batch: its student with gradient, the others without."""
+        count = batch.global_size
+        labels, label_targets = gather(batch.labels, count), gather(batch.label_targets, count)
+        teachers = None if answers is None else gather_answers(answers, count)
+        peers = [gather_outputs(output.detach(), count) for output in outputs] if len(outputs) > 1 else []
+        for index, (output, copy) in enumerate(zip(outputs, own, strict=True)):
             yield Step(
-                labels=batch.labels,
-                label_targets=batch.label_targets,
-                student=output,
-                teachers=answers,
-                peers=tuple(peer.detach() for other, peer in enumerate(outputs) if other != index),
-                self_teacher=own[index],
+                labels=labels,
+                label_targets=label_targets,
+                student=gather_outputs(output, count),
+                teachers=teachers,
+                peers=tuple(peer for other, peer in enumerate(peers) if other != index),
+                self_teacher=None if copy is None else gather_outputs(copy, count),
                 student_index=index,
                 progress=self.step / self.num_steps,
             )
@@ -164,7 +171,8 @@ class Run:
         seed_step(self.seed, self.step, self.device)
         answers = self.ask_teachers(batch, teachers)
         own = self.ask_self_teachers(batch.images, self_teachers)
-        outputs = self.ask(batch.images)
+        with self._own_draws():
+            outputs = self.ask(batch.images)
 
         measured: dict[str, Tensor] = {}
         for index, step in enumerate(self.steps(batch, outputs, answers, own)):
@@ -175,6 +183,7 @@ class Run:
             measured |= {f"{index}/terms/{name}": term.value.detach() for name, term in losses.terms.items()}
             measured |= {f"{index}/diagnostics/{name}": value for name, value in losses.diagnostics.items()}
 
+        self._add_up_gradients()
         rate = self.rate(self.step)
         for index, optimizer in enumerate(self.optimizers):
             for group in optimizer.param_groups:
@@ -193,6 +202,47 @@ class Run:
 
         self.ledger.note(self.step, measured)
         self.step += 1
+
+    @contextlib.contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Inside the block each of several processes draws for itself; behind it all are where they were before."""
+        if ranks.size() == 1:
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            seed_step(self.seed, self.step, self.device, ranks.rank())
+            yield
+
+    def _add_up_gradients(self) -> None:
+        """Makes of each process's gradients those of the global batch.
+
+        A student's flow through the process's own images, so they add up; a method's flow through all images anywhere.
+        """
+        students = [parameter.grad for student in self.students for parameter in student.parameters()]
+        methods = [parameter.grad for method in self.methods for parameter in method.parameters()]
+        alike = [gradient for gradient in methods if gradient is not None]
+        for gradient in alike:
+            gradient.div_(ranks.size())
+        ranks.add_up([*(gradient for gradient in students if gradient is not None), *alike])
+
+    @torch.no_grad()
+    def start_alike(self) -> None:
+        """Gives every process the weights of the leading one."""
+        for module in (*self.students, *self.methods):
+            ranks.take_over(list(module.state_dict().values()))
+
+    def share_statistics(self) -> None:
+        """Gives every process the mean of the statistics that each one's normalisation layers took of its own images.
+
+        They are running means, so it makes no difference how often this is done.
+        """
+        found: list[Tensor] = []
+        for index, student in enumerate(self.students):
+            trained = {name for name, _ in student.named_parameters()}
+            states = [student.state_dict(), *(average.state_dict() for average in self.averages[index : index + 1])]
+            for state in states:
+                found += [held for name, held in state.items() if name not in trained and held.is_floating_point()]
+        ranks.average(found)
 
     def _weigh(self, index: int, losses: LossTerms) -> Tensor:
         """The sum of the terms under their factors; the terms are measured first if it is time."""

@@ -47,6 +47,8 @@ class Batch:
     `ids` and `views` name what is in it: the same pair is the same picture in every run. They are addresses and not
     numbers to compute with, so they stay on the CPU, where whoever looks something up by them does not wait for a
     device.
+    Where several processes train together, each holds its `ranks.part` of a global batch, and `whole` are all ids and
+    views of that; None where nothing is divided.
     """
 
     images: Float[Tensor, "batch channels height width"]
@@ -54,13 +56,25 @@ class Batch:
     views: Int64[Tensor, "batch"]
     labels: Int64[Tensor, "batch"]
     label_targets: Float[Tensor, "batch classes"]
+    whole: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def global_size(self) -> int:
+        """Images of the global batch."""
+        return len(self.ids) if self.whole is None else len(self.whole[0])
+
+    @property
+    def global_first(self) -> tuple[Tensor, Tensor]:
+        """The id and the view of the global batch's first image, one number each."""
+        ids, views = self.whole or (self.ids, self.views)
+        return ids[:1].cpu(), views[:1].cpu()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its images and labels on `device`."""
         images, labels, targets = (
             tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels, self.label_targets)
         )
-        return Batch(images, self.ids, self.views, labels, targets)
+        return Batch(images, self.ids, self.views, labels, targets, self.whole)
 
 
 @dataclass(frozen=True)

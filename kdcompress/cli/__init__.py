@@ -6,8 +6,10 @@ import errno
 import importlib
 import io
 import itertools
+import os
 import pkgutil
 import sys
+import time
 from collections.abc import Sequence
 
 import click
@@ -104,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Abort:
         _fail("interrupted", 1)
     except click.ClickException as error:
+        if os.environ.get("RANK", "0") != "0":  # torchrun starts this command several times; one says what is wrong
+            time.sleep(1)  # and torchrun ends all when the first has ended
+            raise SystemExit(error.exit_code) from None
         _fail(" ".join(error.format_message().split()), error.exit_code)
     except KdcompressError as error:
         if debug:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from kdcompress import ranks
 from kdcompress.data._hashing import keyed_hash
 from kdcompress.data.base import (
     MemorySet,
@@ -55,23 +57,25 @@ def _ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator
 def _workers(split: Split, workers: int) -> int:
     if workers:
         return workers
-    return 1 if isinstance(split.images, MemorySet) else min(available_cores(), 8)
+    return 1 if isinstance(split.images, MemorySet) else max(1, min(available_cores() // ranks.local_size(), 8))
 
 
 class TrainLoader:
     """The training images of a run, one shuffled pass per epoch, each image in one view.
 
     What comes is a pure function of (seed, epoch) and of nothing else: not of the number of workers, not of where a
-    run was resumed.
+    run was resumed. Where several processes train together, each gets its part of every batch.
 
     Args:
         split: labelled and unlabelled training images together.
         views: the space of views.
         num_classes: width of the label targets.
-        batch_size: the largest batch; the pass is cut into near-equal ones, so that no small rest is left.
+        batch_size: the largest batch, of all processes together; the pass is cut into near-equal ones, so that no
+            small rest is left.
         seed: of the run: order of the images and choice of the views.
         label_smoothing: share of a label that is spread over all classes, in [0, 1).
-        workers: threads that make batches ahead; 0 chooses (1 for images in memory, else one per core, 8 at most).
+        workers: threads that make batches ahead; 0 chooses (1 for images in memory, else the process's share of the
+            cores, 8 at most).
         num_fixed_views: go round among so many fixed views of each image (`cycle_views`), the same in every run; by
             default each epoch picks from all views.
 
@@ -80,7 +84,7 @@ class TrainLoader:
 
     Raises:
         DataError: the split is empty.
-        RecipeError: an option out of range.
+        RecipeError: an option out of range, or a batch has fewer images than there are processes.
         ShapeError: `views` mixes among another number of images than the split has.
     """
 
@@ -115,9 +119,15 @@ class TrainLoader:
         self.workers = _workers(split, workers)
         self.num_fixed_views = num_fixed_views
         self.num_steps = -(-len(split) // batch_size)
+        if (smallest := len(split) // self.num_steps) < ranks.size():
+            raise RecipeError(
+                f"a batch of {smallest} images cannot be divided among {ranks.size()} processes",
+                where="train.batch_size (of all processes together)",
+                fix="larger batches or fewer processes",
+            )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from step `start` on; step k is the same whatever `start`."""
+        """The batches of one epoch, this process's part of each, from step `start` on; step k is the same anyway."""
         places = torch.arange(len(self.split))
         order = torch.argsort(keyed_hash(self.seed, epoch, _ORDER, places), stable=True)
         ids = self.split.ids[order]
@@ -127,8 +137,9 @@ class TrainLoader:
             views = cycle_views(self.seed, epoch, ids, self.views.num_views, self.num_fixed_views)
 
         def make(step: int) -> Batch:
-            chosen = slice(step * len(ids) // self.num_steps, (step + 1) * len(ids) // self.num_steps)
-            return self.batch(ids[chosen], views[chosen])
+            first, end = step * len(ids) // self.num_steps, (step + 1) * len(ids) // self.num_steps
+            whole, mine = (ids[first:end], views[first:end]), ranks.part(end - first)
+            return replace(self.batch(whole[0][mine], whole[1][mine]), whole=whole)
 
         return _ahead(make, range(start, self.num_steps), self.workers)
 
@@ -158,13 +169,32 @@ class TrainLoader:
         return Batch(images, ids, views, labels, targets)
 
 
-def eval_batches(split: Split, num_classes: int, batch_size: int = 256, workers: int = 0) -> Iterator[Batch]:
-    """The images of a split as they are, in order; nothing for an empty split."""
+def eval_batches(
+    split: Split, num_classes: int, batch_size: int = 256, workers: int = 0, *, divided: bool = False
+) -> Iterator[Batch]:
+    """The images of a split as they are, in order, in near-equal batches; nothing for an empty split.
+
+    Args:
+        split: the images.
+        num_classes: width of the label targets.
+        batch_size: of the largest batch, of all processes together.
+        workers: as for `TrainLoader`.
+        divided: give each of several processes its part of every batch.
+
+    Raises:
+        DataError: fewer images than processes.
+    """
+    num_steps = -(-len(split) // batch_size)
+    if divided and len(split) < ranks.size():
+        raise DataError(f"{len(split)} images cannot be divided among {ranks.size()} processes", fix="fewer processes")
 
     def make(step: int) -> Batch:
-        ids = split.ids[step * batch_size : (step + 1) * batch_size]
+        ids = split.ids[step * len(split) // num_steps : (step + 1) * len(split) // num_steps]
+        whole = (ids, torch.zeros_like(ids))
+        if divided:
+            ids = ids[ranks.part(len(ids))]
         labels = split.images.labels[ids]
         images = unit_interval(split.images.load(ids))
-        return Batch(images, ids, torch.zeros_like(ids), labels, label_targets(labels, num_classes))
+        return Batch(images, ids, torch.zeros_like(ids), labels, label_targets(labels, num_classes), whole)
 
-    return _ahead(make, range(-(-len(split) // batch_size)), _workers(split, workers))
+    return _ahead(make, range(num_steps), _workers(split, workers))

@@ -155,13 +155,13 @@ class CAMKD(Method):
 
     def _hint_errors(self, step: Step) -> Scalar:
         teachers, labels = teachers_of(step), asked_labels(step)
-        source = full_precision(list(step.student.features.values())[-1])
+        source = full_precision(step.student.features[list(step.student.features)[-1]])
         pooled = self.hint_pool == "pooled"
         source = global_average(source) if pooled else source
         errors, answers = [], []
         for features, number in zip(teachers.features, teachers.teacher_ids, strict=True):
             if number in self.heads:
-                hint = full_precision(list(features.values())[-1])
+                hint = full_precision(features[list(features)[-1]])
                 hint = global_average(hint) if pooled else hint
                 regressed = full_precision(self.regressors[str(number)](resize(source, hint.shape[2], hint.shape[3])))
                 errors.append((regressed - hint).square().mean((1, 2, 3)))

@@ -118,4 +118,4 @@ class RKD(Method):
     def _points(self, outputs: Outputs) -> Tensor:
         if self.relations == "logits":
             return outputs.logits
-        return full_precision(list(outputs.features.values())[-1]).mean((2, 3))
+        return full_precision(outputs.features[list(outputs.features)[-1]]).mean((2, 3))

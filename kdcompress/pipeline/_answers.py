@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from kdcompress import ranks
 from kdcompress.data import NoViews, Split, TrainLoader
 from kdcompress.display import format_seconds
 from kdcompress.execution import Execution
@@ -128,7 +129,7 @@ def open_answers(parts: Parts, speak: Console) -> Answers:
         return Answers()
     files = teacher_files(parts)
     if not parts.recipe.cache.enabled:
-        features, block = parts.needs.teacher_features, parts.loader.batch_size
+        features, block = parts.needs.teacher_features, -(-parts.loader.batch_size // ranks.size())
         live = files.live(features, block=block)
         if per_step := teachers_per_step(parts.recipe.ensemble):
             return Answers(files.live(features, block=block, per_step=per_step), live)
@@ -283,7 +284,7 @@ class Room:
             self.speak.print(f"{head} when full, {1 - missing:.0%} there, filled as the training asks · {folder}")
             return survey
         part = "" if missing == 1 else f"{missing:.0%} missing, "
-        self.speak.print(f"{head} · {part}about {format_seconds(survey.seconds)} to fill · {folder}")
+        self.speak.print(f"{head} · {part}about {format_seconds(survey.seconds / ranks.size())} to fill · {folder}")
         return survey
 
     def fill(self, fill: Callable[[Callable[[int, int], None]], None]) -> None:
@@ -295,8 +296,9 @@ class Room:
             now = time.monotonic()
             if now - told >= LINE_SECONDS and done < total:
                 told = now
-                left = format_seconds((now - begun) * (total - done) / done)
-                self.speak.print(f"teacher cache: {done / total:.0%} · {left} left")
+                part = min(1.0, ranks.size() * done / total)
+                left = format_seconds((now - begun) * (1 / part - 1))
+                self.speak.print(f"teacher cache: {part:.0%} · {left} left")
 
         fill(progress)
         self.speak.print(f"teacher cache: filled in {format_seconds(time.monotonic() - begun)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
 from rich.console import Console
 
+from kdcompress import ranks
 from kdcompress.data import TrainLoader, eval_batches
 from kdcompress.errors import RecipeError
 from kdcompress.execution import PLAIN, Execution, Precision
@@ -111,7 +113,16 @@ def choose_execution(
                 f"{found.same_class:.2%} of {found.num_images} images, probabilities {found.probability:.1e} apart"
             )
         answers = answers.model_copy(update=_as_keys(execution))
-    return recipe.model_copy(update={"train": settings, "ensemble": answers})
+    return as_leader(recipe.model_copy(update={"train": settings, "ensemble": answers}))
+
+
+def as_leader(recipe: Recipe) -> Recipe:
+    """The same with what was decided in the leading process: the clocks of others may say otherwise."""
+    decided = set(_as_keys(PLAIN))
+    found = [section.model_dump(include=decided) for section in (recipe.train, recipe.ensemble)]
+    train, ensemble = json.loads(ranks.share(json.dumps(found).encode()))
+    changed = {"train": recipe.train.model_copy(update=train), "ensemble": recipe.ensemble.model_copy(update=ensemble)}
+    return recipe.model_copy(update=changed)
 
 
 @torch.no_grad()

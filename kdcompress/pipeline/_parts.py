@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from kdcompress import ranks
 from kdcompress.bundle import Preprocess
 from kdcompress.data import Splits, TrainLoader, build_views, unit_interval, whole_source
 from kdcompress.discovery import check_options
@@ -180,6 +181,8 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
         raise RecipeError(f"{asked.method.name} cannot learn from mixed images", where="data.mixup_alpha", fix="0")
     require_students(asked, needs)
     require_sampling(asked, needs)
+    if asked.train.sync_batchnorm and ranks.size() > 1 and choose_device(asked.train.device).type != "cuda":
+        raise RecipeError("batch norms are synchronised on CUDA only", where="train.sync_batchnorm", fix="leave it out")
 
     if materials is None:
         materials = open_materials(asked, speak)
@@ -424,15 +427,19 @@ def normalisation(
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or else the CPU.
+    """`auto` is the first CUDA device, or else the CPU. Of several processes each takes the next device of its machine.
 
     Raises:
-        RecipeError: no such device here.
+        RecipeError: no such device here, or one that is named for several processes.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if ranks.size() > 1 and device.index is not None:
+            raise RecipeError(f"{name} for {ranks.size()} processes", where="train.device", fix=device.type)
+        if ranks.size() > 1 and device.type == "cuda" and (count := torch.cuda.device_count()):
+            device = torch.device("cuda", ranks.local_rank() % count)
     except RuntimeError as error:
         raise RecipeError(f"no device is called {name!r}", where="train.device", fix="auto, cpu or cuda") from error
     try:

@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kdcompress import ranks
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.data import Splits, load_splits
 from kdcompress.errors import InputError, ShapeError
@@ -38,8 +39,11 @@ STUDENT = "student"
 
 
 def console() -> Console:
-    """Where the commands speak: standard output, in colour on a terminal, plain lines elsewhere."""
-    speak = Console(markup=False, highlight=False, soft_wrap=True)
+    """Where the commands speak: standard output, in colour on a terminal, plain lines elsewhere.
+
+    Of several processes only the leading one is heard.
+    """
+    speak = Console(markup=False, highlight=False, soft_wrap=True, quiet=not ranks.leads())
     if not speak.is_terminal:
         speak.width = PLAIN_WIDTH
     return speak

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from kdcompress import __version__, ranks
 from kdcompress.bundle import provenance_step
 from kdcompress.data import training_digests
 from kdcompress.display import Display, format_seconds, open_display
@@ -36,6 +39,7 @@ ALONE = "alone"
 """Where a student's training alone lies, `alone-N/`, for methods that ask for its own trained copy."""
 
 
+@ranks.joined()
 def distill(
     changes: Mapping[str, Any],
     overrides: Sequence[str] = (),
@@ -45,7 +49,7 @@ def distill(
     resume: bool = False,
     offline: bool = False,
 ) -> RunFolder:
-    """Trains a student and leaves a run folder with its bundle.
+    """Trains a student and leaves a run folder with its bundle; under torchrun, in several processes together.
 
     Args:
         changes: recipe sections from the command's flags.
@@ -60,14 +64,14 @@ def distill(
     """
     speak = console()
     if resume:
-        run = RunFolder.open(out)
+        run, asked, finished = open_begun(out)
         speak.print(f"run: {run.path}" + ("" if out else " (the newest)"))
-        require_unchanged(run.recipe, changes, overrides, recipe)
-        if (run.path / STUDENT).exists():
+        require_unchanged(asked, changes, overrides, recipe)
+        if finished:
             speak.print(f"{run.path} is finished; its student is in {run.path / STUDENT}")
             return run
-        return carry_out(run.recipe, run.path, speak, stopped=run, offline=offline)
-    if out is not None:
+        return carry_out(asked, run.path, speak, stopped=run, offline=offline)
+    if out is not None and ranks.leads():
         require_empty(out)
     content = merge(read_recipe(recipe) if recipe else {}, changes)
     asked = build_recipe(content, overrides, where=f"recipe {recipe}" if recipe else "the command")
@@ -99,24 +103,22 @@ def carry_out(
         KdcompressError: see `errors`; nothing is written before everything has been opened and checked.
     """
     parts = prepare(asked, speak, offline=offline, materials=materials)
+    require_agreement(parts)
     seen = [all_digests(parts, index) for index in range(len(parts.students))]
     with contextlib.closing(open_answers(parts, speak)) as answers:
         parts = replace(parts, teachers=())  # whoever still has to ask them holds them
         if stopped is None:
-            named = "+".join(str(section.arch) for section in parts.recipe.trained)
-            run = RunFolder.create(out, f"{parts.recipe.method.name}-{named}")
-            with atomic_folder(run.path) as folder:  # a run that is killed can be resumed, or has no folder yet
-                write_recipe(parts.recipe, folder / RECIPE_FILE)
-                RunFolder(folder).write_facts(parts.facts)
+            run = begin(parts, out)
             speak.print(f"run: {run.path}")
         else:
             run = stopped
-            if parts.facts.data_digest != run.facts.data_digest:
+            if ranks.leads() and parts.facts.data_digest != run.facts.data_digest:
                 fix = "give back the same data"
                 raise InputError("the data is not what the run began with", where=str(run.path), fix=fix)
         answers.prepare()
         result = run_training(parts, answers, run, speak, display, resume=stopped is not None)
-    finish(run, parts, result, seen, speak)
+    if ranks.leads():
+        finish(run, parts, result, seen, speak)
     return run
 
 
@@ -142,6 +144,7 @@ def finish(run: RunFolder, parts: Parts, result: TrainResult, seen: Sequence[Ten
         speak.print("This student starts from weights that saw val, so its accuracy on val says little.")
 
 
+@ranks.joined()
 def train_network(
     changes: Mapping[str, Any],
     overrides: Sequence[str] = (),
@@ -157,6 +160,8 @@ def train_network(
     """
     alone = merge(changes, {"method": {"name": "supervised"}, "teachers": []})
     run = distill(alone, overrides, recipe=recipe, out=out, resume=resume, offline=offline)
+    if not ranks.leads():
+        return run
     checkpoint = load_checkpoint(run.path / STUDENT)
     assert checkpoint.preprocess is not None
     save_checkpoint(
@@ -174,6 +179,50 @@ def train_network(
     )
     console().print(f"checkpoint: {run.path / CHECKPOINT}")
     return run
+
+
+def begin(parts: Parts, out: Path | None) -> RunFolder:
+    """A new run folder, which the leading process makes."""
+    if ranks.leads():
+        named = "+".join(str(section.arch) for section in parts.recipe.trained)
+        out = RunFolder.create(out, f"{parts.recipe.method.name}-{named}").path
+        with atomic_folder(out) as folder:  # a run that is killed can be resumed, or has no folder yet
+            write_recipe(parts.recipe, folder / RECIPE_FILE)
+            RunFolder(folder).write_facts(parts.facts)
+    return RunFolder(Path(os.fsdecode(ranks.share(os.fsencode(out or "")))))
+
+
+def open_begun(out: Path | None) -> tuple[RunFolder, Recipe, bool]:
+    """A run to go on with, its recipe, and whether it is finished; only the leading process has to see its folder.
+
+    Raises:
+        InputError: there is no such run, or it is damaged.
+    """
+    content = b""
+    if ranks.leads():
+        run = RunFolder.open(out)
+        content = json.dumps(
+            (str(run.path), run.recipe.model_dump(mode="json"), (run.path / STUDENT).exists())
+        ).encode()
+    path, recipe, finished = json.loads(ranks.share(content))
+    return RunFolder(Path(path)), build_recipe(recipe), finished
+
+
+def require_agreement(parts: Parts) -> None:
+    """Refuses processes that were started differently.
+
+    Raises:
+        InputError: naming what differs, and where.
+    """
+    recipe, facts = parts.recipe, parts.facts
+    ranks.require_same(
+        {
+            "version of kdcompress": __version__,
+            "data": facts.data_digest,
+            "teachers": json.dumps([teacher["digest"] for teacher in facts.teachers]),
+            "recipe": recipe.model_dump_json(include={"seed", "method", "train", "ensemble"}),
+        }
+    )
 
 
 def require_unchanged(stored: Recipe, changes: Mapping[str, Any], overrides: Sequence[str], name: str | None) -> None:
@@ -206,6 +255,8 @@ def run_training(
     """The training itself; before it each student alone, where the method asks for its own trained copy."""
     settings, splits = parts.recipe.train, parts.splits
     students = [one.student for one in parts.students]
+    if settings.sync_batchnorm and ranks.size() > 1:
+        students = [student.synchronised() for student in students]
     same: dict[str, Any] = {
         "seed": parts.recipe.seed,
         "device": choose_device(settings.device),

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from kdcompress import ranks
 from kdcompress.data import TrainLoader, Views, nth_view, view_number
 from kdcompress.losses import global_average
 from kdcompress.teacher_cache._store import RowStore
@@ -152,8 +153,9 @@ class CachedTeachers:
     ) -> None:
         """Asks for everything that is missing among the first `num_fixed` views of each image; releases the networks.
 
-        A part that another process fills is left to it, and looked at again at the end. Blocks are the same whoever
-        fills them and however often it was interrupted, and so are the answers, bit for bit.
+        A part that another process fills is left to it, and looked at again at the end; processes that train together
+        begin at different parts. Blocks are the same whoever fills them and however often it was interrupted, and so
+        are the answers, bit for bit.
 
         Args:
             loader: of the training.
@@ -226,10 +228,15 @@ class CachedTeachers:
 
 
 def parts_of(loader: TrainLoader, num_fixed: int) -> list[tuple[int, Int64[Tensor, "images"]]]:
-    """The parts in which the first `num_fixed` views of the loader's images are filled: which view, and the images."""
+    """The parts in which the first `num_fixed` views of the loader's images are filled: which view, and the images.
+
+    In the order in which this process goes through them: those that train together begin at different parts.
+    """
     ids = loader.split.ids.sort().values
     pieces = torch.split(ids, torch.bincount(ids // PART).tolist())
-    return [(number, piece) for number in range(num_fixed) for piece in pieces if len(piece)]
+    parts = [(number, piece) for number in range(num_fixed) for piece in pieces if len(piece)]
+    first = ranks.part(len(parts)).start
+    return [*parts[first:], *parts[:first]]
 
 
 @torch.no_grad()

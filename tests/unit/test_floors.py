@@ -10,8 +10,8 @@ import kdcompress
 
 FLOORS = (
     {"errors"},
-    {"files", "types", "resizing", "cuda_driver", "tensorrt_layers"},
-    {"recipe", "pictures", "tensorrt_engine"},
+    {"files", "types", "resizing", "cuda_driver", "tensorrt_layers", "ranks"},
+    {"recipe", "pictures", "global_batch", "tensorrt_engine"},
     {
         "losses",
         "taps",

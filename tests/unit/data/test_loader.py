@@ -30,7 +30,8 @@ def make_loader(split: Split, views: Views | None = None, batch_size: int = 8, *
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
+    tensors = ("images", "ids", "views", "labels", "label_targets")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
 
 
 @settings(max_examples=30, deadline=None)
@@ -139,7 +140,7 @@ def test_label_targets_of_unlabelled_images_are_zero() -> None:
 def test_eval_batches_are_the_images_in_order() -> None:
     split = make_split(20, [7, 3, 11, 19, 0])
     batches = list(eval_batches(split, 3, batch_size=2))
-    assert [len(batch.ids) for batch in batches] == [2, 2, 1]
+    assert [len(batch.ids) for batch in batches] == [1, 2, 2]
     assert torch.cat([batch.ids for batch in batches]).tolist() == [7, 3, 11, 19, 0]
     stored: MemorySet = split.images  # type: ignore[assignment]
     expected = stored.images[split.ids].numpy() / np.float32(255)
