@@ -45,12 +45,12 @@ class HeldOutImages:
 def sift_holdout(splits: Splits, teachers: Sequence[OpenedTeacher]) -> HeldOutImages:
     """Looks for held-out images that a teacher was trained on, by the digests in its file.
 
-    Of a teacher whose file has none, images that this run trains on or carves val from count as seen.
+    Of a teacher whose file has none, labelled images that this run trains on or validates with count as seen.
     """
     holdout = splits.holdout
     if holdout is None or not teachers:
         return HeldOutImages(splits)
-    here: Tensor = torch.unique(torch.cat([splits.train.digests(), splits.val.digests()]))
+    here: Tensor = torch.unique(torch.cat([_labelled(splits.train).digests(), splits.val.digests()]))
     masks: dict[str, Tensor] = {}
     for one in teachers:
         digests = one.checkpoint.training_digests
@@ -82,12 +82,16 @@ def known_by_heart(teachers: Sequence[OpenedTeacher], exams: Sequence[Exam], tra
     for one, exam in zip(teachers, exams, strict=True):
         if exam.saw_val is None and exam.holdout is not None and exam.holdout.top1 >= BY_HEART:
             assert exam.heldout_answers is not None
-            labelled = Split(train.images, train.ids[train.labels != UNLABELLED]).take(EXAMINED_IMAGES)
-            answers = predict_all(one.teacher.predict, eval_batches(labelled, one.teacher.num_classes))
+            sample = eval_batches(_labelled(train).take(EXAMINED_IMAGES), one.teacher.num_classes)
+            answers = predict_all(one.teacher.predict, sample)
             fresh, memorised = _nll(*exam.heldout_answers), _nll(*answers)
             if mannwhitneyu(fresh.numpy(), memorised.numpy(), alternative="greater").pvalue >= SAME:
                 known.append(f"{one.teacher.name} ({exam.holdout.top1:.2%} right, as sure as of training images)")
     return f"the held-out images are known by heart to {', '.join(known)}" if known else ""
+
+
+def _labelled(split: Split) -> Split:
+    return Split(split.images, split.ids[split.labels != UNLABELLED])
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ def judge_weights(
     """
     if len(teachers) < 2:
         return ()
-    source: WeightSource = needs.weights
+    source: WeightSource = "heldout" if needs.heldout else needs.weights
     if source == "heldout":
         if held.splits.holdout is None:
             return (f"no --holdout: {name} learns no weights for the teachers and averages them; {UNKNOWN}",)

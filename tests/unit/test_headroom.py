@@ -8,8 +8,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
@@ -175,7 +173,7 @@ def test_the_same_answers_give_the_same_table_and_another_seed_other_folds() -> 
     assert without_seconds(measure_headroom(*answers, seed=1)) != without_seconds(first)
 
 
-@given(order=st.permutations(range(3)))
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1]])
 def test_the_order_of_the_teachers_does_not_matter(order: list[int]) -> None:
     logits, labels = make_answers("broken", images=120)
     first, second = measure_headroom(logits, labels), measure_headroom(logits[:, order], labels)

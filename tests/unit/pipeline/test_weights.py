@@ -196,7 +196,9 @@ def test_what_is_refused_forced_and_said(tmp_path: Path) -> None:
     )
     assert judge(heldout, trained, good) == ""
     assert "cannot be known" in judge(heldout, trained, none)
-    for needs, teachers, held in ((heldout, trained, bad), (learned, trained, good), (learned, silent, none)):
+    refits = Needs(heldout=True)
+    cases = ((heldout, trained, bad), (refits, trained, bad), (learned, trained, good), (learned, silent, none))
+    for needs, teachers, held in cases:
         with pytest.raises(InputError, match="who memorised best") as caught:
             judge(needs, teachers, held)
         assert "--force" in caught.value.fix
