@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kdcompress.errors import BundleError, DataError
 from kdcompress.evaluate import Z95, paired_difference
+from kdcompress.files import atomic_write
 
 Answer: TypeAlias = Literal["pass", "fail", "cannot decide", "unmeasured on target"]
 
@@ -234,7 +235,8 @@ def write_verdict(folder: Path, verdict: Verdict, bundle: str, evidence: Mapping
     """
     document = {"format": "kdcompress/gate", "schema_version": 1, "bundle": bundle, "verdict": verdict.document()}
     text = json.dumps(document | {"evidence": dict(evidence)}, indent=2, ensure_ascii=False)
-    (folder / GATE_FILE).write_text(text + "\n", encoding="utf-8")
+    with atomic_write(folder / GATE_FILE, "w") as handle:
+        handle.write(text + "\n")
 
 
 def read_verdict(folder: Path, bundle: str) -> Verdict | None:

@@ -13,7 +13,16 @@ from kdcompress.bundle import Bundle
 from kdcompress.data import Split, Splits, eval_batches, seen_fraction, unit_interval
 from kdcompress.errors import DataError, InputError
 from kdcompress.evaluate import predict_all
-from kdcompress.gate import Drop, SpeedUp, Verdict, accuracy_drop, judge, speed_up
+from kdcompress.gate import (
+    Drop,
+    SpeedUp,
+    Verdict,
+    accuracy_drop,
+    judge,
+    read_verdict,
+    speed_up,
+    write_verdict,
+)
 from kdcompress.latency import Latency, describe_machine, measure_latency, versions
 from kdcompress.measurement import Measurement
 from kdcompress.profiles import Profile, default_profile
@@ -168,6 +177,8 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
     mine = measurement.of(bundle.digest)
     if mine is None:
         raise InputError(f"not measured: {bundle.path.name} ({bundle.digest[:12]}…)", where="--merge")
+    if measurement.protocol.get("interleaved") is not True:
+        raise InputError("its models were not timed in turns: their ratio says nothing", where="--merge")
     found = []
     for other in others:
         theirs = measurement.of(other.digest, mine.batch_size)
@@ -177,7 +188,8 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
     if not any(entry.rival == "fp32" for entry in found):
         what = f"{bundle.path.name} was measured without the fp32 bundle that it replaces"
         raise InputError(what, where="--merge", fix="time both in turns, in one process after the other")
-    place = " · ".join(str(value) for value in (measurement.runtime, *measurement.machine.values()))
+    named = [value for value in measurement.machine.values() if isinstance(value, str) and value]
+    place = " · ".join([measurement.runtime, *named])
     return judge(
         verdict.drop,
         found,
@@ -186,3 +198,26 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
         measured_on=place,
         unjudged=next((reason for reason in verdict.reasons if reason.startswith("Accuracy")), ""),
     )
+
+
+def renew_verdicts(bundles: Mapping[str, Bundle], measurement: Measurement) -> dict[str, Verdict]:
+    """Writes the verdict on each INT8 bundle that was timed on its target; those it was not asked about stay.
+
+    Args:
+        bundles: name -> bundle, all of one run.
+        measurement: from the target.
+
+    Returns:
+        The new verdicts by name.
+
+    Raises:
+        InputError: see `believe`.
+    """
+    renewed = {}
+    for name, bundle in bundles.items():
+        before = read_verdict(bundle.path, bundle.digest)
+        if before is None or measurement.of(bundle.digest) is None:
+            continue
+        renewed[name] = believe(before, bundle, list(bundles.values()), measurement)
+        write_verdict(bundle.path, renewed[name], bundle.digest, {"measurement": measurement.model_dump(mode="json")})
+    return renewed

@@ -15,6 +15,7 @@ from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.data import Split, Splits, eval_batches, load_splits
 from kdcompress.evaluate import Accuracy, accuracy_of, agreement, evaluate, paired_difference, predict_all
 from kdcompress.files import require_place
+from kdcompress.gate import read_verdict
 from kdcompress.latency import Latency, count_macs, count_params, describe_machine, measure_latency, versions
 from kdcompress.networks import Teacher, TeacherEnsemble, load_student
 from kdcompress.pipeline._describe import describe_training, last_words
@@ -192,6 +193,7 @@ def build_rows(
             params=bundle.num_params,
             macs=work[bundle.arch, bundle.num_params],
             size_mb=bundle.size_mb,
+            verdict=read_verdict(bundle.path, bundle.digest),
         )
         for name, bundle in bundles.items()
     ]

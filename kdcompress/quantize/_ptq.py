@@ -11,8 +11,10 @@ activations are found once for each way of calibrating:
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -204,9 +206,10 @@ class FloatModel:
                     calibrate_method=methods[method],
                     extra_options={"symmetric": self.profile.symmetric and method != "minmax"},
                 )
-                for feed in self._feeds:  # one at a time: histograms of all activations at once fill the memory
-                    calibrator.collect_data(One(feed))
-                found = calibrator.compute_data()
+                with redirect_stdout(io.StringIO()):  # it prints what it does
+                    for feed in self._feeds:  # one at a time: all activations of all images at once fill the memory
+                        calibrator.collect_data(One(feed))
+                    found = calibrator.compute_data()
             except Exception as error:  # the calibrator raises what any part of it raises
                 raise _refused(self.path, error) from error
         extremes = {name: (float(np.min(e.lowest)), float(np.max(e.highest))) for name, e in found.items()}

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kdcompress.bundle import Precision
 from kdcompress.errors import InputError
 from kdcompress.evaluate import Accuracy, PairedDifference
+from kdcompress.gate import Answer, Verdict
 from kdcompress.latency import Latency
 from kdcompress.report._comparison import Comparison
 
@@ -41,6 +42,7 @@ class Row:
         macs: multiply-accumulates for one image; None where they were not counted.
         size_mb: size of the model file in 10⁶ bytes; None where there is none.
         latency: one entry for each batch size; empty where it was not measured.
+        verdict: of the gate, where it was asked.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Row:
     macs: int | None
     size_mb: float | None
     latency: Sequence[Latency] = ()
+    verdict: Verdict | None = None
 
 
 class _Part(BaseModel):
@@ -94,6 +97,16 @@ class LatencyPart(_Part):
     protocol: dict[str, Any]
 
 
+class GatePart(_Part):
+    """`rows[].gate`."""
+
+    answer: Answer
+    reasons: tuple[str, ...]
+    max_drop: float
+    min_speed_up: float
+    measured_on: str
+
+
 class RowPart(_Part):
     """`rows[]`."""
 
@@ -108,6 +121,7 @@ class RowPart(_Part):
     macs: int | None
     size_mb: float | None
     latency: tuple[LatencyPart, ...]
+    gate: GatePart | None = None
 
     def latency_at(self, batch_size: int) -> LatencyPart | None:
         """The entry of that batch size."""
@@ -216,6 +230,17 @@ def _row_part(row: Row, reference_p50_ms: Mapping[int, float]) -> RowPart:
         macs=row.macs,
         size_mb=row.size_mb,
         latency=tuple(latency),
+        gate=_gate_part(row.verdict) if row.verdict is not None else None,
+    )
+
+
+def _gate_part(verdict: Verdict) -> GatePart:
+    return GatePart(
+        answer=verdict.answer,
+        reasons=verdict.reasons,
+        max_drop=verdict.max_drop,
+        min_speed_up=verdict.min_speed_up,
+        measured_on=verdict.measured_on,
     )
 
 
@@ -231,7 +256,12 @@ def _findings(
         sentences.append("This is a smoke test: it shows that every step works, and its numbers are not a result.")
     sentences += [_difference_sentence(row, reference) for row in rows if row.kind == "student" and row.difference]
     for row in rows:
-        if row.precision == "int8":
+        if row.gate is not None:
+            advice = "recommended" if row.gate.answer == "pass" else "NOT recommended"
+            place = f" on {row.gate.measured_on}" if row.gate.measured_on else ""
+            told = f"{row.name} is {advice} by the gate ({row.gate.answer}{place})"
+            sentences.append(f"{told}. {' '.join(row.gate.reasons)}")
+        elif row.precision == "int8":
             rivals = [other for other in rows if other.format == row.format and other.precision == "fp32"]
             sentences += [_int8_sentence(row, rivals[0], entry.batch_size) for entry in row.latency if rivals]
     if teachers_saw_val:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from kdcompress.data import MemorySet, Split, Splits, training_digests
-from kdcompress.errors import InputError
-from kdcompress.gate import Drop, judge
+from kdcompress.errors import BundleError, InputError
+from kdcompress.gate import Drop, judge, read_verdict, write_verdict
 from kdcompress.measurement import Measurement
 from kdcompress.pipeline._gate import (
     believe,
@@ -15,6 +15,7 @@ from kdcompress.pipeline._gate import (
     judged_images,
     load_labelled,
     race,
+    renew_verdicts,
     runs_here,
     speed_ups,
     student_saw,
@@ -136,6 +137,24 @@ def measured(int8: str, fp32: str, times: tuple[float, float]) -> Measurement:
     return Measurement.model_validate(document)
 
 
+def test_the_verdict_beside_a_bundle_is_renewed_and_belongs_to_it_alone(tmp_path: Path) -> None:
+    source = onnx_bundle()
+    made = QUANTIZER.run(source, digits()[0][:64], tmp_path / "int8", profile=PROFILES["jetson-orin"])
+    bundles = {"onnx-fp32": source, "int8": made}
+    found = measured(made.digest, source.digest, (1.0, 2.0))
+    assert renew_verdicts(bundles, found) == {}, "the gate was not asked about any of them"
+    before = judge(Drop(0.0, -0.001, 0.004, 3000, 9, "val"), (), max_drop=0.01)
+    write_verdict(made.path, before, made.digest, {})
+    assert read_verdict(made.path, made.digest) == before
+    assert read_verdict(made.path, source.digest) is None
+    renewed = renew_verdicts(bundles, found)
+    assert renewed["int8"].answer == "pass"
+    assert read_verdict(made.path, made.digest) == renewed["int8"]
+    (made.path / "gate.json").write_text("{", encoding="utf-8")
+    with pytest.raises(BundleError, match=r"gate\.json is damaged"):
+        read_verdict(made.path, made.digest)
+
+
 def test_a_measurement_from_the_target_is_believed(tmp_path: Path) -> None:
     source = onnx_bundle()
     made = QUANTIZER.run(source, digits()[0][:64], tmp_path / "int8", profile=PROFILES["jetson-orin"])
@@ -153,5 +172,8 @@ def test_a_measurement_from_the_target_is_believed(tmp_path: Path) -> None:
     assert "Accuracy: it saw val." in unjudged.reasons
     with pytest.raises(InputError, match="not measured: int8"):
         believe(before, made, [source], measured("a" * 64, source.digest, (1.0, 2.0)))
+    apart = measured(made.digest, source.digest, (1.0, 2.0)).model_copy(update={"protocol": {}})
+    with pytest.raises(InputError, match="not timed in turns"):
+        believe(before, made, [source], apart)
     with pytest.raises(InputError, match="without the fp32 bundle"):
         believe(before, made, [source], measured(made.digest, "b" * 64, (1.0, 2.0)))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from kdcompress.errors import InputError, OutputError
+from kdcompress.gate import Drop, SpeedUp, judge
 from kdcompress.report import Report, build_report, read_report, write_report
 from tests.unit.report.rows import example, latency, row
 
@@ -39,6 +40,21 @@ def test_speed_up_is_relative_to_the_ensemble_at_the_same_batch_size() -> None:
         [row("ensemble", kind="ensemble", latency=[latency(1, 3.0)]), row("student", latency=[latency(8, 1.0)])]
     )
     assert lonely.rows[1].latency[0].speed_up is None
+
+
+def test_the_gates_verdict_stands_in_the_row_and_in_the_findings() -> None:
+    drop = Drop(0.001, -0.001, 0.003, 5000, 20, "val")
+    verdict = judge(drop, [SpeedUp("fp32", 0.8, 0.7, 0.9, 5, 1)], max_drop=0.01, measured_on="a CPU")
+    ensemble = row("ensemble", kind="ensemble")
+    report = build([ensemble, row("onnx-int8-x", format="onnx", precision="int8", verdict=verdict)])
+    gate = report.rows[1].gate
+    assert gate is not None
+    assert (gate.answer, gate.reasons, gate.measured_on) == ("fail", verdict.reasons, "a CPU")
+    assert report.rows[0].gate is None
+    (sentence,) = [one for one in report.findings if "gate" in one]
+    assert sentence.startswith(
+        "onnx-int8-x is NOT recommended by the gate (fail on a CPU). Accuracy: top-1 drops by +0.10"
+    )
 
 
 def build(rows: list[Any], **changes: Any) -> Report:
