@@ -44,9 +44,7 @@ def rename(model: Any, old: str, new: str) -> None:
     """Renames a tensor wherever it is made and read; one that has the new name already gets an underscore."""
     if old == new:
         return
-    taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-    taken |= {item.name for item in (*model.graph.input, *model.graph.output, *model.graph.initializer)}
-    if new in taken:
+    if new in _taken(model):
         rename(model, new, f"{new}_")
     for node in model.graph.node:
         node.input[:] = [new if name == old else name for name in node.input]
@@ -67,12 +65,12 @@ def prepend(model: Any, steps: Sequence[tuple[str, Sequence[Any], dict[str, Any]
 
     if not steps:
         return IMAGES
-    nodes, name = [], IMAGES
+    nodes, name, stem = [], IMAGES, _fresh(model, "input")
     for index, (operator, constants, attributes) in enumerate(steps):
-        names = [f"input_{index}_{place}" for place in range(len(constants))]
+        names = [f"{stem}_{index}_{place}" for place in range(len(constants))]
         for constant, values in zip(names, constants, strict=True):
             model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), constant))
-        made = f"input_{index}"
+        made = f"{stem}_{index}"
         nodes.append(helper.make_node(operator, [name, *names], [made], name=f"{made}_{operator}", **attributes))
         name = made
     for node in model.graph.node:
@@ -88,11 +86,27 @@ def append(model: Any, operator: str, **attributes: Any) -> None:
     from onnx import helper
 
     name = model.graph.output[0].name
-    inner = f"{name}_before_{operator}"
+    inner = _fresh(model, f"{name}_before_{operator}")
     for node in model.graph.node:
         node.input[:] = [inner if read == name else read for read in node.input]
         node.output[:] = [inner if made == name else made for made in node.output]
-    model.graph.node.append(helper.make_node(operator, [inner], [name], name=f"output_{operator}", **attributes))
+    model.graph.node.append(helper.make_node(operator, [inner], [name], name=f"{inner}_{operator}", **attributes))
+
+
+def _taken(model: Any) -> set[str]:
+    """Every name of a tensor or node."""
+    named = (*model.graph.input, *model.graph.output, *model.graph.initializer)
+    return {item.name for item in named} | {
+        name for node in model.graph.node for name in (node.name, *node.input, *node.output)
+    }
+
+
+def _fresh(model: Any, stem: str) -> str:
+    """The stem, with as many underscores as it takes for no name to begin with it."""
+    taken = _taken(model)
+    while any(name.startswith(stem) for name in taken):
+        stem += "_"
+    return stem
 
 
 def _take_camera_layout(model: Any) -> None:

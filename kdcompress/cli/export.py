@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kdcompress.cli._foreign import takes_onnx_files
+
 if TYPE_CHECKING:
     from kdcompress.bundle import InputLayout, OutputKind
 
@@ -23,7 +25,7 @@ def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 
 
 @click.command()
-@click.argument("source", metavar="[RUN|BUNDLE]", required=False, type=click.Path(path_type=Path))
+@click.argument("source", metavar="[RUN|BUNDLE|MODEL.onnx]", required=False, type=click.Path(path_type=Path))
 @click.option("--onnx", "target", flag_value="onnx", default="onnx", help="One ONNX file (the default).")
 @click.option("--trt", "target", flag_value="trt", help="A TensorRT engine; without a GPU, the device bundle.")
 @click.option("--device", "target", flag_value="device", help="A folder that runs, checks and measures on a device.")
@@ -46,6 +48,7 @@ def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @click.option("--timing-cache", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="--trt.")
 @click.option("--version-compatible", is_flag=True, help="--trt: also for later TensorRT of this major version.")
 @click.option("--hardware-compatible", is_flag=True, help="--trt: for every GPU from Ampere on.")
+@takes_onnx_files("source", keep=True)
 def command(
     source: Path | None,
     target: str,

@@ -7,9 +7,11 @@ from typing import Literal
 
 import click
 
+from kdcompress.cli._foreign import takes_onnx_files
+
 
 @click.command()
-@click.argument("source", metavar="[RUN|BUNDLE]", required=False, type=click.Path(path_type=Path))
+@click.argument("source", metavar="[RUN|BUNDLE|MODEL.onnx]", required=False, type=click.Path(path_type=Path))
 @click.option("--int8", is_flag=True, help="8-bit integers (the default).")
 @click.option("--fp16", is_flag=True, help="16-bit floats; of an INT8 bundle, all that is not INT8.")
 @click.option(
@@ -62,6 +64,7 @@ import click
 )
 @click.option("--force", is_flag=True, help="Keep what fails the gate.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Bundle to write [default: in the run].")
+@takes_onnx_files("source", keep=True)
 def command(
     source: Path | None,
     int8: bool,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from kdcompress.cli._foreign import takes_onnx_files
+
 
 def parse_sizes(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
     """ "1,32" → (1, 32)."""
@@ -19,13 +21,14 @@ def parse_sizes(ctx: click.Context, parameter: click.Parameter, text: str) -> tu
 
 
 @click.command()
-@click.argument("source", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.argument("source", metavar="[RUN|BUNDLE|MODEL.onnx]", required=False, type=click.Path(path_type=Path))
 @click.option("--data", metavar="DATA", help="Judge on this data instead of the run's own.")
 @click.option("--holdout", metavar="DIR", help="Labelled images that nobody has seen.")
 @click.option("--batch-sizes", metavar="N,N", default="1,32", show_default=True, callback=parse_sizes)
 @click.option("--threads", metavar="N", default=1, show_default=True, type=click.IntRange(min=1), help="For latency.")
 @click.option("--restarts", metavar="N", default=5, show_default=True, type=click.IntRange(min=1), help="For latency.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to [default: the run].")
+@takes_onnx_files("source", keep=True)
 def command(
     source: Path | None,
     data: str | None,
@@ -37,10 +40,17 @@ def command(
 ) -> None:
     """Hold every model of a run against its teacher ensemble: accuracy, latency, size.
 
-    The test images are used here and nowhere else. Writes report.json and report.md. Of a comparison, shows its table.
+    The test images are used here and nowhere else. Writes report.json and report.md. Of a comparison, shows its table;
+    of a bundle or an .onnx file with --data, measures that model and the bundles beside it.
     """
+    from kdcompress.bundle import BUNDLE_FILE
     from kdcompress.pipeline.report import report, show_comparison
+    from kdcompress.pipeline.report_bundles import report_bundles
     from kdcompress.report import COMPARISON_FILE
+
+    if source is not None and data is not None and (source / BUNDLE_FILE).is_file():
+        report_bundles(source, data=data, batch_sizes=batch_sizes, threads=threads, restarts=restarts, out=out)
+        return
 
     if source is not None and (source / COMPARISON_FILE).is_file():
         show_comparison(source)

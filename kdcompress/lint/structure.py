@@ -117,19 +117,29 @@ def too_large_for_one_file(graph: Graph, profile: Profile) -> Iterator[Place]:
         yield "", f"{size:,} bytes, at most {ONE_FILE_BYTES:,}"
 
 
-@rule("warning")
-def names_not_unique(graph: Graph, profile: Profile) -> Iterator[Place]:
-    """Nodes without a name, or several of one name.
+@rule("error")
+def two_nodes_of_one_name(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """Several nodes of one name, for ONNX Runtime.
 
-    Why: layers are kept in a precision, excluded and found in profiles by name; one name for several hits all of them.
+    Why: it refuses the file, though ONNX's checker does not; quantizers work on its sessions as well.
     Do: name them: `for i, node in enumerate(model.graph.node): node.name = f"{node.op_type}_{i}"`.
     """
-    counts = Counter(node.name for node in graph.nodes)
-    yield from (
-        (name, f"{number} nodes {'of this name' if name else 'without a name'}")
-        for name, number in counts.items()
-        if number > 1 or not name
-    )
+    if profile.runtime == "onnxruntime":
+        counts = Counter(node.name for node in graph.nodes if node.name)
+        yield from ((name, f"{number} nodes of this name") for name, number in counts.items() if number > 1)
+
+
+@rule("note")
+def nodes_without_names(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """Nodes without a name of their own.
+
+    Why: layers are kept in a precision, excluded and found in the runtime's tables by name.
+    Do: name them: `for i, node in enumerate(model.graph.node): node.name = f"{node.op_type}_{i}"`.
+    """
+    names = Counter(node.name for node in graph.nodes)
+    without = sum(number for name, number in names.items() if number > 1 or not name)
+    if without:
+        yield "", f"{without} of {len(graph.nodes)} nodes"
 
 
 @rule("warning")

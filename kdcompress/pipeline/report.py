@@ -191,7 +191,7 @@ def build_rows(
             format=bundle.kind,
             precision=bundle.precision,
             params=bundle.num_params,
-            macs=work[bundle.arch, bundle.num_params],
+            macs=work.get((bundle.arch, bundle.num_params)),
             size_mb=bundle.size_mb,
             verdict=read_verdict(bundle.path, bundle.digest),
         )

@@ -45,7 +45,7 @@ FLOORS = (
     {"networks", "methods", "gate", "headroom"},
     {"init", "runtimes", "training_step", "live_teachers"},
     {"training_session", "heldout", "probe"},
-    {"train", "teacher_cache", "quantize", "export", "lint", "report"},
+    {"train", "teacher_cache", "quantize", "export", "lint", "report", "adoption"},
     {"device_bundle"},
     {"pipeline"},
     {"cli"},

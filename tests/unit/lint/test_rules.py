@@ -57,8 +57,13 @@ def unsupported_operator(model: Any) -> None:
 
 
 @broken("fp32", "ort-x86")
-def names_not_unique(model: Any) -> None:
+def two_nodes_of_one_name(model: Any) -> None:
     node_of(model, "Conv", 0).name = node_of(model, "Conv", 1).name
+
+
+@broken("fp32", "trt8.6")
+def nodes_without_names(model: Any) -> None:
+    node_of(model, "Conv", 0).name = ""
 
 
 @broken("fp32", "ort-x86")

@@ -1,0 +1,82 @@
+"""The border for ONNX files that kdcompress did not write: behind it there are bundles only."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdcompress.adoption import adopt_onnx, precision_of, read_ends
+from kdcompress.bundle import BUNDLE_FILE, read_bundle
+from kdcompress.data import load_splits, unit_interval
+from kdcompress.errors import InputError
+from kdcompress.evaluate import wilson_interval
+from kdcompress.onnx_file import read_onnx
+from kdcompress.pipeline.base import console
+from kdcompress.runtimes import open_bundle
+
+_LOOKED_AT = 256
+"""Labelled images on which a wrong normalisation or order of classes would show."""
+
+
+@contextmanager
+def as_bundle(
+    source: Path,
+    *,
+    data: str | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    keep: bool,
+    tell: bool,
+) -> Iterator[Path]:
+    """A bare ONNX file as a bundle's folder; the model file of a bundle is that bundle.
+
+    Args:
+        source: the file.
+        data: images, and the names of its classes.
+        mean: what is subtracted from images in [0, 1] before the file; None if its graph does that.
+        std: what they are divided by.
+        keep: whether the bundle stays, as `<file without .onnx>/onnx-<precision>`, so that what is made of it gets a
+            place beside it; otherwise it goes when the command ends.
+        tell: whether to print what was read from the file.
+
+    Raises:
+        InputError: the file is not an ONNX classifier, or its data was not named.
+    """
+    if (source.parent / BUNDLE_FILE).is_file() and read_bundle(source.parent).model_path == source:
+        yield source.parent
+        return
+    if data is None:
+        fix = "name images of its classes: a folder, cifar10:ROOT …"
+        raise InputError(f"{source} does not say its classes", where="--data", fix=fix)
+    model = read_onnx(source)
+    ends = read_ends(model, str(source))
+    splits = load_splits(data, image_size=ends.height if ends.height == ends.width else None)
+    split = splits.calibration.take(_LOOKED_AT)
+    images = unit_interval(split.images.load(split.ids))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = source.with_suffix("") if keep else Path(scratch)
+        bundle = adopt_onnx(
+            source,
+            folder / f"onnx-{precision_of(model)}",
+            classes=splits.classes,
+            image_shape=splits.image_shape,
+            mean=mean,
+            std=std,
+            images=images,
+            replace=True,
+        )
+        if tell:
+            right = open_bundle(bundle)(images).argmax(1) == split.labels
+            share, count = float(right.double().mean()), len(right)
+            layout = "NHWC" if ends.channels_last else "NCHW"
+            inside = "as told" if mean is not None else "taken to be inside the graph (--mean, --std if it is not)"
+            speak = console()
+            speak.print(
+                f"{source}: {ends.input} ({layout}) → {ends.output} ({ends.kind}), normalisation {inside} · right for "
+                f"{share:.1%} of {count} labelled training images"
+            )
+            if wilson_interval(int(right.sum()), count)[0] <= 1 / len(splits.classes):
+                speak.print("warning: that is no better than chance: is the normalisation right, are the classes?")
+        yield bundle.path

@@ -1,0 +1,177 @@
+"""ONNX files as others write them, made from a graph whose answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from kdcompress import onnx_interface
+from kdcompress.adoption import adopt_onnx
+from kdcompress.bundle import Bundle, Interface, read_bundle
+from kdcompress.errors import InputError, ShapeError
+from kdcompress.lint import lint
+from kdcompress.profiles import get_profile
+from kdcompress.quantize import find_quantizer
+from kdcompress.runtimes import open_bundle
+from tests.unit.deployed import CLASSES, PREPROCESS, digits, onnx_bundle
+from tests.unit.lint.graphs import graph
+
+IMAGES = digits()[0][1200:1240]
+
+
+def plain(model: Any) -> None:
+    onnx_interface.rename(model, "images", "data")
+    onnx_interface.rename(model, "logits", "out")
+
+
+def without_normalisation(model: Any) -> None:
+    subtract, divide = model.graph.node[:2]
+    assert (subtract.op_type, divide.op_type) == ("Sub", "Div")
+    for node in model.graph.node:
+        node.input[:] = ["images" if name == divide.output[0] else name for name in node.input]
+    model.graph.node.remove(subtract)
+    model.graph.node.remove(divide)
+
+
+def channels_last(model: Any) -> None:
+    onnx_interface.prepend(model, [("Transpose", (), {"perm": [0, 3, 1, 2]})])
+    shape = ("n", 8, 8, 1)
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("images", TensorProto.FLOAT, shape))
+
+
+def camera(model: Any) -> None:
+    onnx_interface.set_interface(model, Interface("uint8-nhwc", "probabilities"))
+    onnx_interface.rename(model, "probabilities", "images_")
+
+
+def half_ends(model: Any) -> None:
+    onnx_interface.prepend(model, [("Cast", (), {"to": TensorProto.FLOAT})])
+    onnx_interface.append(model, "Cast", to=TensorProto.FLOAT16)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def batches_of_three(model: Any) -> None:
+    onnx_interface.set_dimensions(model, {0: 3})
+
+
+def open_size(model: Any) -> None:
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"side{axis}"
+
+
+def without_names(model: Any) -> None:
+    for node in model.graph.node:
+        node.name = "same" if node.op_type == "Conv" else ""
+
+
+def with_a_side_file(model: Any) -> None:
+    """Saved so below."""
+
+
+WAYS: list[Callable[[Any], None]] = [
+    *(plain, without_normalisation, channels_last, camera, half_ends, batches_of_three, open_size, without_names),
+    with_a_side_file,
+]
+
+
+def written(path: Path, way: Callable[[Any], None]) -> Path:
+    model = graph("fp32")
+    del model.metadata_props[:]
+    way(model)
+    onnx.checker.check_model(model, full_check=True)
+    aside = way is with_a_side_file
+    onnx.save(model, path, save_as_external_data=aside, location="w.data", size_threshold=0)
+    return path
+
+
+def adopted(path: Path, out: Path, **options: Any) -> Bundle:
+    told: dict[str, Any] = {"classes": CLASSES, "image_shape": (1, 8, 8), "mean": None, "std": None, "images": IMAGES}
+    return adopt_onnx(path, out, **told | options)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_file_from_elsewhere_answers_as_a_bundle(way: Callable[[Any], None], tmp_path: Path) -> None:
+    outside = way is without_normalisation
+    told = {"mean": PREPROCESS.mean, "std": PREPROCESS.std} if outside else {}
+    made = adopted(written(tmp_path / "m.onnx", way), tmp_path / "made", **told)
+    assert read_bundle(made.path) == made
+    assert (made.classes, made.precision, made.preprocess.image_shape) == (CLASSES, "fp32", (1, 8, 8))
+    found, expected = open_bundle(made)(IMAGES), open_bundle(onnx_bundle())(IMAGES)
+    torch.testing.assert_close(found.log_softmax(1), expected.log_softmax(1), rtol=5e-3, atol=2e-2)
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+    (image,) = onnxruntime.InferenceSession(str(made.model_path)).get_inputs()
+    assert (image.name, image.type, image.shape[1:]) == ("images", "tensor(float)", [1, 8, 8])
+    assert made.interface == Interface(
+        output="probabilities" if way is camera else "logits", batch=3 if way is batches_of_three else None
+    )
+    rules = {one.rule for one in lint(made.model_path, get_profile("ort-x86"))}
+    assert rules <= {"fixed-batch"}
+
+
+def test_it_is_quantized_as_any_other(tmp_path: Path) -> None:
+    made = adopted(written(tmp_path / "m.onnx", camera), tmp_path / "made")
+    for name in ("int8", "fp16"):
+        smaller = find_quantizer(name).run(made, digits()[0][:64], tmp_path / name, profile=get_profile("trt"))
+        assert smaller.provenance[-1]["agreement"]["value"] > 0.9
+
+
+def test_files_of_other_precisions_are_known_for_what_they_are(tmp_path: Path) -> None:
+    for kind, expected in (("fp16", "fp16"), ("ort-x86", "int8")):
+        path = tmp_path / f"{kind}.onnx"
+        onnx.save(graph(kind), path)
+        assert adopted(path, tmp_path / kind).precision == expected
+
+
+def test_what_is_no_classifier_of_these_images_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "m.onnx", plain)
+    with pytest.raises(ShapeError, match="it gives 10 classes, the data has 2"):
+        adopted(path, tmp_path / "x", classes=("a", "b"))
+    with pytest.raises(ShapeError, match="it takes 1 × 8 × 8, the images are 3 × 8 × 8"):
+        adopted(path, tmp_path / "x", image_shape=(3, 8, 8), images=torch.rand(2, 3, 8, 8))
+    with pytest.raises(InputError, match="3 numbers for 1 channels"):
+        adopted(path, tmp_path / "x", mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+    with pytest.raises(InputError, match="belong together"):
+        adopted(path, tmp_path / "x", mean=(0.1,))
+    with pytest.raises(InputError, match="positive"):
+        adopted(path, tmp_path / "x", mean=(0.1,), std=(0.0,))
+    with pytest.raises(ShapeError, match="no images"):
+        adopted(path, tmp_path / "x", images=IMAGES[:0])
+    model = graph("fp32")
+    model.graph.output.append(
+        helper.make_tensor_value_info(model.graph.node[-2].output[0], TensorProto.FLOAT, ("n", 64))
+    )
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="1 inputs and 2 outputs"):
+        adopted(path, tmp_path / "x")
+    model = graph("fp32")
+    flat = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 64))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 64))],
+    )
+    model.graph.CopyFrom(flat)
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="has 2 dimensions, images have 4"):
+        adopted(path, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_renamed_tensor_leaves_no_two_of_a_name() -> None:
+    model = graph("fp32")
+    names = model.graph.node[3].output[0], model.graph.node[4].output[0]
+    session = onnxruntime.InferenceSession(graph("fp32").SerializeToString())
+    expected = session.run(None, {"images": IMAGES.numpy()})[0]
+    onnx_interface.rename(model, names[0], names[1])
+    onnx.checker.check_model(model, full_check=True)
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"images": IMAGES.numpy()})[0]
+    np.testing.assert_array_equal(found, expected)
