@@ -44,8 +44,7 @@ def command(
     of a bundle or an .onnx file with --data, measures that model and the bundles beside it.
     """
     from kdcompress.bundle import BUNDLE_FILE
-    from kdcompress.pipeline.report import report, show_comparison
-    from kdcompress.pipeline.report_bundles import report_bundles
+    from kdcompress.pipeline.report import report, report_bundles, show_comparison
     from kdcompress.report import COMPARISON_FILE
 
     if source is not None and data is not None and (source / BUNDLE_FILE).is_file():

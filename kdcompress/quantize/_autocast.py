@@ -40,7 +40,15 @@ def run_autocast(python: Path, path: Path, images: Images, interface: Interface)
     with tempfile.TemporaryDirectory() as folder:
         data, written = Path(folder) / "images.npz", Path(folder) / "fp16.onnx"
         np.savez(data, images=interface.feed(images[: interface.batch or len(images)]))
-        command = [str(python), "-m", "modelopt.onnx.autocast", "--onnx_path", str(path), "--output_path", str(written)]
+        command = [
+            str(python.absolute()) if len(python.parts) > 1 else str(python),
+            "-m",
+            "modelopt.onnx.autocast",
+            "--onnx_path",
+            str(path.resolve()),
+            "--output_path",
+            str(written),
+        ]
         command += ["--low_precision_type", "fp16", "--calibration_data", str(data), "--keep_io_types"]
         command += ["--providers", "cpu"]
         try:
