@@ -187,8 +187,9 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     with _talking():
         dist.all_reduce(flat)
-    for tensor, piece in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(piece.view_as(tensor))
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    summed = [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+    torch._foreach_copy_(list(tensors), summed)
 
 
 @torch.no_grad()

@@ -218,12 +218,15 @@ class Run:
 
         A student's flow through the process's own images, so they add up; a method's flow through all images anywhere.
         """
-        students = [parameter.grad for student in self.students for parameter in student.parameters()]
-        methods = [parameter.grad for method in self.methods for parameter in method.parameters()]
-        alike = [gradient for gradient in methods if gradient is not None]
+        if ranks.size() == 1:
+            return
+        flowing, alike = (
+            [parameter.grad for module in modules for parameter in module.parameters() if parameter.grad is not None]
+            for modules in (self.students, self.methods)
+        )
         for gradient in alike:
             gradient.div_(ranks.size())
-        ranks.add_up([*(gradient for gradient in students if gradient is not None), *alike])
+        ranks.add_up([*flowing, *alike])
 
     @torch.no_grad()
     def start_alike(self) -> None:

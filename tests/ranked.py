@@ -19,7 +19,7 @@ from types import ModuleType
 ROOT = Path(__file__).parents[1]
 
 
-def run_ranked(module: str, *calls: str, seconds: float = 240) -> str:
+def run_ranked(module: str, *calls: str, seconds: float = 900) -> str:
     """What they said, from a Python of its own, in which the types of calls are not checked."""
     line = [sys.executable, "-W", "error", "-m", "tests.ranked", module, *calls]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
