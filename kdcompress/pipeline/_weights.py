@@ -59,7 +59,12 @@ def sift_holdout(splits: Splits, teachers: Sequence[OpenedTeacher]) -> HeldOutIm
     count = int(seen.sum())
     if not count:
         return HeldOutImages(splits)
-    names = ", ".join(name for name, mask in masks.items() if bool(mask.any()))
+    silent = {one.teacher.name for one in teachers if one.checkpoint.training_digests is None}
+    names = ", ".join(
+        f"{name} (its file names no training images, but these are images of this run)" if name in silent else name
+        for name, mask in masks.items()
+        if bool(mask.any())
+    )
     said = f"{count:,} of {len(holdout):,} held-out images are among those that {names} learned from"
     if count > STRAY * len(holdout):
         return HeldOutImages(splits, said)

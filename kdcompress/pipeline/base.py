@@ -130,8 +130,7 @@ class RunFolder:
         """
         file = self.path / FACTS_FILE
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            content.setdefault("headroom", {})  # runs of before it was measured
+            content = {"headroom": {}, **json.loads(file.read_text(encoding="utf-8"))}  # older runs have none
             found = {entry.name: content[entry.name] for entry in fields(RunFacts)}
             lists: dict[str, Any] = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
             return RunFacts(**{**found, **lists})

@@ -82,6 +82,7 @@ def test_a_stray_few_are_left_out_and_more_are_refused(
         assert found.why_not.startswith(f"{copies} of 300 held-out images")
         assert "teacher 2" in found.why_not
         assert "teacher 1" not in found.why_not
+        assert ("its file names no training images" in found.why_not) is silent
         assert found.splits is splits
     else:
         assert not found.why_not
