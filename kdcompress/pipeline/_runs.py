@@ -144,7 +144,7 @@ def seconds_left(runs: Sequence[PlannedRun], but: PlannedRun | None = None) -> f
     means = {method: sum(took) / len(took) for method, took in spent.items()}
     usual = sum(means.values()) / len(means)
     left = [run for run in runs if not run.is_finished and (but is None or run.path != but.path)]
-    return sum(means.get(run.method, usual) * run.recipe.train.epochs for run in left)
+    return sum((means.get(run.method, usual) * run.recipe.train.epochs for run in left), 0.0)
 
 
 class OneOfMany:

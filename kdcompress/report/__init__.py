@@ -28,6 +28,7 @@ __all__ = [
     "Row",
     "build_report",
     "compare_runs",
+    "comparison_lines",
     "read_comparison",
     "read_report",
     "render_comparison",

@@ -1,0 +1,78 @@
+"""The order of a comparison's trainings, and what happens where one goes wrong. The trainings are stand-ins."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kdcompress.errors import InterruptedRunError, NonFiniteError
+from kdcompress.pipeline._parts import Materials
+from kdcompress.pipeline._runs import PlannedRun
+from kdcompress.pipeline.base import RunFolder
+from kdcompress.pipeline.compare import carry_out_all
+from kdcompress.recipe import Recipe, build_recipe
+
+MATERIALS = object.__new__(Materials)
+
+
+class Trainings:
+    """Stands in for `carry_out`: writes what a finished training leaves, or fails."""
+
+    def __init__(self, failures: dict[str, Exception]) -> None:
+        self.failures = failures
+        self.asked: list[tuple[str, int, bool]] = []
+
+    def __call__(self, recipe: Recipe, out: Path, speak: Console, **settings: Any) -> RunFolder:
+        self.asked.append((out.name, recipe.seed, settings["stopped"] is not None))
+        out.mkdir(exist_ok=True)
+        (out / "recipe.yaml").write_text("seed: 70\n")
+        if out.name in self.failures:
+            raise self.failures[out.name]
+        step = {"event": "step", "step": 1, "images_per_s": 10.0}
+        epoch = {"event": "epoch", "step": 1, "seconds": 5.0, "peak_memory_mb": 1.0}
+        accuracy = {"val_top1": [0.5], "val_top1_ema": []}
+        (out / "log.jsonl").write_text(json.dumps(step) + "\n" + json.dumps(epoch | accuracy) + "\n")
+        (out / "student").mkdir()
+        return RunFolder(out)
+
+
+def plan(folder: Path) -> list[PlannedRun]:
+    recipe = build_recipe({"train": {"epochs": 1}})
+    return [PlannedRun(n, n, folder / n, recipe.model_copy(update={"seed": i})) for i, n in enumerate("abc")]
+
+
+def carry_out(train: Trainings, runs: list[PlannedRun], may_diverge: bool = False) -> str:
+    out = io.StringIO()
+    carry_out_all(train, runs, runs, MATERIALS, Console(file=out, width=200), False, may_diverge=may_diverge)
+    return out.getvalue()
+
+
+def test_what_was_stopped_goes_on_by_its_own_recipe_and_what_is_finished_is_left(tmp_path: Path) -> None:
+    stop = Trainings({"b": InterruptedRunError("stopped")})
+    with pytest.raises(InterruptedRunError):
+        carry_out(stop, plan(tmp_path))
+    assert stop.asked == [("a", 0, False), ("b", 1, False)]
+    again = Trainings({})
+    said = carry_out(again, plan(tmp_path))
+    assert again.asked == [("b", 70, True), ("c", 2, False)]
+    assert "training 2 of 3 · b · val 50.00% · 5 s · about 5 s left" in said
+    nothing = Trainings({})
+    assert carry_out(nothing, plan(tmp_path)) == ""
+    assert nothing.asked == []
+
+
+def test_a_setting_that_diverges_is_taken_note_of_once(tmp_path: Path) -> None:
+    trials = Trainings({"b": NonFiniteError("the loss is not finite")})
+    assert "training 2 of 3 · b · diverged" in carry_out(trials, plan(tmp_path), may_diverge=True)
+    assert [run.has_diverged for run in plan(tmp_path)] == [False, True, False]
+    again = Trainings({})
+    carry_out(again, plan(tmp_path), may_diverge=True)
+    assert again.asked == []
+
+
+def test_a_training_that_counts_must_not_diverge(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError):
+        carry_out(Trainings({"b": NonFiniteError("the loss is not finite")}), plan(tmp_path))
