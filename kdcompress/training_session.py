@@ -41,6 +41,7 @@ class Session:
         self.log = log
         self.display = display
         self.saved_at = self.begun = time.monotonic()
+        self.warm_at: float | None = None
         self.seconds_before = 0.0
         self.first_step = 0
         self.waited = 0.0
@@ -137,8 +138,10 @@ class Session:
         self.num_images += num_images
         if run.step % LOG_EVERY == 0 or run.step % run.steps_per_epoch == 0:
             self.report_step()
-        done = run.step - self.first_step
-        left = (run.num_steps - run.step) * (time.monotonic() - self.begun) / done
+        if self.warm_at is None:  # the first step also loads kernels, or compiles them
+            self.warm_at = time.monotonic()
+        done = run.step - self.first_step - 1
+        left = (run.num_steps - run.step) * (time.monotonic() - self.warm_at) / done if done else None
         epoch, step = divmod(run.step - 1, run.steps_per_epoch)
         self.progress = replace(self.progress, epoch=epoch + 1, step=step + 1, seconds_left=left)
         self.display.show(self.progress)
