@@ -57,7 +57,8 @@ class LayerSensitivity:
     Args:
         node: its name in the graph.
         layer: the name of its weight.
-        divergence: mean KL from the reference's answers, in nats, with this layer alone in INT8.
+        divergence: how much further the answers are from the reference's with this layer alone in INT8: mean KL, in
+            nats, above that of fp32 (which is 0 where the reference is fp32 itself).
     """
 
     node: str
@@ -79,9 +80,13 @@ def find_sensitivity(
         images: in [0, 1]; no labels are needed.
         reference: logits that the answers are compared with; by default those of fp32.
     """
-    expected = source.answers(images) if reference is None else reference
+    plain = source.answers(images)
+    expected = plain if reference is None else reference
+    before = divergence(expected, plain)
     found = [
-        LayerSensitivity(node, layer, divergence(expected, source.answers(images, source.quantized(scheme, node))))
+        LayerSensitivity(
+            node, layer, divergence(expected, source.answers(images, source.quantized(scheme, node))) - before
+        )
         for node, layer in source.layers().items()
     ]
     return tuple(sorted(found, key=lambda entry: -entry.divergence))

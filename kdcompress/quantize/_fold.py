@@ -48,8 +48,9 @@ def fold_normalisation(model: ModelProto) -> bool:
         for node in (subtraction, division, convolution)
     )
     channels = weight.shape[1]
+    spread = any(value.size > 1 and value.shape[-2:] != (1, 1) for value in (mean, std))
     grouped = any(attribute.name == "group" and attribute.i != 1 for attribute in convolution.attribute)
-    if grouped or mean.size not in (1, channels) or std.size not in (1, channels):
+    if spread or grouped or mean.size not in (1, channels) or std.size not in (1, channels):
         return False
     mean, std = (np.broadcast_to(value.reshape(-1), channels)[None, :, None, None] for value in (mean, std))
     ones = _CHANNELS_AT_ONCE - channels % _CHANNELS_AT_ONCE

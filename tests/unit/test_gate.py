@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -31,6 +31,7 @@ def test_a_speed_up_by_hand() -> None:
     assert found.restarts == 3
 
 
+@settings(max_examples=40, deadline=None)
 @given(TIMES, TIMES)
 def test_a_speed_up_is_scipys_t_interval_and_turns_over(rival: list[float], model: list[float]) -> None:
     n = min(len(rival), len(model))
@@ -61,6 +62,7 @@ def test_processes_that_did_not_time_both_are_refused() -> None:
             speed_up("fp32", rival, model)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 500), st.integers(0, 100))
 def test_the_drop_is_a_paired_one(only_source: int, only_model: int, both: int, neither: int) -> None:
     source = torch.tensor([True] * only_source + [False] * only_model + [True] * both + [False] * neither)
@@ -120,6 +122,7 @@ def test_what_does_not_pass(drop: Drop | None, speeds: list[SpeedUp], expected: 
     assert (verdict.more_images is not None) == (drop is not None and drop.low <= 0.01 < drop.high)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.floats(-0.1, 0.1), st.floats(0, 0.1), st.floats(0.2, 5), st.floats(0, 0.05), st.floats(1, 2))
 def test_nothing_slower_or_worse_than_allowed_is_ever_recommended(
     value: float, half: float, low: float, max_drop: float, least: float

@@ -187,6 +187,13 @@ def test_what_is_another_graph_stays_as_it_is(nodes: list[tuple[str, ...]]) -> N
     assert model.SerializeToString() == before
 
 
+def test_a_mean_for_each_column_is_not_one_for_each_channel() -> None:
+    arrays = {"mean": np.ones(9), "std": np.ones((1, 1, 1)), "weight": np.ones((3, 9, 1, 1))}
+    pairs = [("Sub", "images", "mean", "a"), ("Div", "a", "std", "b"), CONV]
+    model = small_model([helper.make_node(kind, list(names[:-1]), [names[-1]]) for kind, *names in pairs], arrays, 9)
+    assert not fold_normalisation(model)
+
+
 def small_model(nodes: list[Any], arrays: dict[str, NDArray[np.float64]], channels: int) -> onnx.ModelProto:
     number = onnx.TensorProto.FLOAT
     graph = helper.make_graph(
