@@ -39,6 +39,8 @@ class MeasuredModel(_Part):
         latency_ms: for each process, one after the other, the time of every timed call; in the order they were made.
         agreement: share of images to which it gives the class that the bundle says it should; None: not looked at.
         agreement_images: how many images that was.
+        extras: what else the device told: times of the GPU alone, seconds to build and load, memory, energy, and so on
+            (docs/deploying.md).
     """
 
     bundle: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -47,6 +49,7 @@ class MeasuredModel(_Part):
     latency_ms: tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...] = Field(min_length=1)
     agreement: Share | None = None
     agreement_images: int = Field(default=0, ge=0)
+    extras: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def restart_p50_ms(self) -> tuple[float, ...]:
@@ -66,6 +69,7 @@ class Measurement(_Part):
         versions: package → version.
         protocol: how it was measured: warm-up, what a timed call is, `interleaved`.
         models: one entry for each model and batch size.
+        device_bundle: the folder that measured, by the digest of its manifest; "" where none did.
     """
 
     format: Literal["kdcompress/measurement"] = MEASUREMENT_FORMAT
@@ -76,6 +80,15 @@ class Measurement(_Part):
     versions: dict[str, str]
     protocol: dict[str, Any]
     models: tuple[MeasuredModel, ...] = Field(min_length=1)
+    device_bundle: str = ""
+
+    @property
+    def place(self) -> str:
+        """The runtime, the machine and its power mode, in one line."""
+        gpu = self.machine.get("gpu")
+        facts = (self.runtime, self.machine.get("board"), gpu.get("name") if isinstance(gpu, dict) else None)
+        on_cpu = () if isinstance(gpu, dict) and self.runtime.startswith("tensorrt") else (self.machine.get("cpu"),)
+        return " · ".join(str(fact) for fact in (*facts, *on_cpu, self.machine.get("power_mode")) if fact)
 
     def of(self, bundle: str, batch_size: int | None = None) -> MeasuredModel | None:
         """What was measured of the bundle with this digest, at this batch size or else the smallest."""

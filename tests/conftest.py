@@ -1,6 +1,8 @@
 """Shapes and types of every annotated call in the package are checked while the tests run."""
 
 import os
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -30,3 +32,14 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("KDCOMPRESS_TEST_DATA names no folder of real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def stand_in_driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CUDA driver with one GPU, over ordinary memory (tests/unit/stand_in_cuda.c)."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
+    source = Path(__file__).parent / "unit" / "stand_in_cuda.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return str(library)

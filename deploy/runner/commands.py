@@ -158,6 +158,6 @@ def _tell(document: dict[str, Any]) -> None:
         parts += [f"n = {call['n']}"] + ([f"GPU alone p50 {gpu['p50']:.3f}"] if gpu else [])
         print(", ".join(parts))
         if call["cv"] > _MARGIN:
-            print(f"  the calls vary by {call['cv']:.1%}: lock the clocks (targets/ says how) for steadier figures")
+            print(f"  the calls vary by {call['cv']:.1%}: hold the clocks (targets/ says how), and run nothing else")
         if call["n"] < 1000:
             print(f"  {call['n']} calls are few for a p99: 1,000 are meant")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from kdcompress.cli._foreign import takes_onnx_files
+from kdcompress.cli._grammar import SeveralValuesCommand
 
 
 def parse_sizes(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -20,13 +21,20 @@ def parse_sizes(ctx: click.Context, parameter: click.Parameter, text: str) -> tu
     return sizes
 
 
-@click.command()
+@click.command(cls=SeveralValuesCommand)
 @click.argument("source", metavar="[RUN|BUNDLE|MODEL.onnx]", required=False, type=click.Path(path_type=Path))
 @click.option("--data", metavar="DATA", help="Judge on this data instead of the run's own.")
 @click.option("--holdout", metavar="DIR", help="Labelled images that nobody has seen.")
 @click.option("--batch-sizes", metavar="N,N", default="1,32", show_default=True, callback=parse_sizes)
 @click.option("--threads", metavar="N", default=1, show_default=True, type=click.IntRange(min=1), help="For latency.")
 @click.option("--restarts", metavar="N", default=5, show_default=True, type=click.IntRange(min=1), help="For latency.")
+@click.option(
+    *("--merge", "measured"),
+    metavar="FILE …",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Join what run.py measured on a device.",
+)
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to [default: the run].")
 @takes_onnx_files("source", keep=True)
 def command(
@@ -36,13 +44,20 @@ def command(
     batch_sizes: tuple[int, ...],
     threads: int,
     restarts: int,
+    measured: tuple[Path, ...],
     out: Path | None,
 ) -> None:
     """Hold every model of a run against its teacher ensemble: accuracy, latency, size.
 
     The test images are used here and nowhere else. Writes report.json and report.md. Of a comparison, shows its table;
     of a bundle or an .onnx file with --data, measures that model and the bundles beside it.
+    With --merge only what devices measured is joined to the report that there is.
     """
+    if measured:
+        from kdcompress.pipeline.merge import merge
+
+        if merge(source, measured) is not None:
+            return
     from kdcompress.bundle import BUNDLE_FILE
     from kdcompress.pipeline.report import report, report_bundles, show_comparison
     from kdcompress.report import COMPARISON_FILE

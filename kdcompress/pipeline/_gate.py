@@ -188,14 +188,12 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
     if not any(entry.rival == "fp32" for entry in found):
         what = f"{bundle.path.name} was measured without the fp32 bundle that it replaces"
         raise InputError(what, where="--merge", fix="time both in turns, in one process after the other")
-    named = [value for value in measurement.machine.values() if isinstance(value, str) and value]
-    place = " · ".join([measurement.runtime, *named])
     return judge(
         verdict.drop,
         found,
         max_drop=verdict.max_drop,
         min_speed_up=verdict.min_speed_up,
-        measured_on=place,
+        measured_on=measurement.place,
         unjudged=next((reason for reason in verdict.reasons if reason.startswith("Accuracy")), ""),
     )
 

@@ -19,6 +19,7 @@ from kdcompress.gate import read_verdict
 from kdcompress.latency import Latency, count_macs, count_params, describe_machine, measure_latency, versions
 from kdcompress.networks import Teacher, TeacherEnsemble, load_student
 from kdcompress.pipeline._describe import describe_training, last_words
+from kdcompress.pipeline._measurements import read_all
 from kdcompress.pipeline._teachers import (
     EXAMINED_IMAGES,
     better_beyond_chance,
@@ -37,6 +38,7 @@ from kdcompress.report import (
     Report,
     Row,
     build_report,
+    device_parts,
     read_comparison,
     render_comparison,
     render_terminal,
@@ -44,6 +46,8 @@ from kdcompress.report import (
 )
 from kdcompress.report.base import REPORT_FILE, RowKind
 from kdcompress.runtimes import open_bundle
+from kdcompress.runtimes.tensorrt_runtime import engine_facts
+from kdcompress.tensorrt_engine import describe_here, refusal, why_not_here
 from kdcompress.train import LOG
 from kdcompress.types import Predictor
 
@@ -83,7 +87,9 @@ def report(
     folder = out or run.path
     require_place(folder / REPORT_FILE)
     student = run.student()
-    bundles, recipe, facts = run.bundles(), run.recipe, run.facts
+    recipe, facts = run.recipe, run.facts
+    bundles, elsewhere = split_by_place(run.bundles())
+    measurements, left_out = read_all(run, run.bundles())
     changes = {key: value for key, value in (("source", data), ("holdout", holdout)) if value is not None}
     splits = open_splits(recipe.data.model_copy(update=changes))
     require_classes(student, splits)
@@ -114,8 +120,14 @@ def report(
         teachers_saw_val=judge_val(facts.teachers_saw_val, teachers, splits),
         student_saw_val=facts.student_saw_val,
         smoke_test=smoke_test,
-        notes=(*facts.notes, *last_words(run.path / LOG, [teacher.name for teacher in teachers])),
         comparison=comparison_around(run.path),
+        notes=(
+            *facts.notes,
+            *elsewhere,
+            *left_out,
+            *last_words(run.path / LOG, [teacher.name for teacher in teachers]),
+        ),
+        on_device=device_parts(measurements, {bundle.digest: name for name, bundle in run.bundles().items()}),
     )
     write_report(document, folder)
     speak.print(render_terminal(document))
@@ -191,6 +203,20 @@ def report_bundles(
     speak.print(render_terminal(document))
     speak.print(f"{folder / REPORT_FILE} · {folder / 'report.md'}")
     return document
+
+
+def split_by_place(bundles: Mapping[str, Bundle]) -> tuple[dict[str, Bundle], list[str]]:
+    """The bundles that run on this machine, and a sentence about each engine that does not."""
+    here, notes = {}, []
+    for name, bundle in bundles.items():
+        reason = why_not_here() if bundle.kind == "trt" else None
+        if reason is None and bundle.kind == "trt":
+            reason = refusal(engine_facts(bundle), describe_here())
+        if reason is None:
+            here[name] = bundle
+        else:
+            notes.append(f"{name} is left out: an engine runs only where it was built, and here {reason}.")
+    return here, notes
 
 
 def build_rows(

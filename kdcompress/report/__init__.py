@@ -14,7 +14,8 @@ from kdcompress.report._comparison import (
     read_comparison,
 )
 from kdcompress.report._comparison_table import comparison_lines, render_comparison, shown_setting
-from kdcompress.report.base import REPORT_FILE, Report, Row, build_report, read_report
+from kdcompress.report._on_device import device_parts
+from kdcompress.report.base import REPORT_FILE, Report, Row, build_report, read_report, with_verdicts
 from kdcompress.report.markdown import render_markdown
 from kdcompress.report.terminal import render_terminal
 
@@ -29,12 +30,14 @@ __all__ = [
     "build_report",
     "compare_runs",
     "comparison_lines",
+    "device_parts",
     "read_comparison",
     "read_report",
     "render_comparison",
     "render_markdown",
     "render_terminal",
     "shown_setting",
+    "with_verdicts",
     "write_comparison",
     "write_report",
 ]

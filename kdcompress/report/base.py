@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,6 +21,8 @@ SCHEMA_VERSION: Final = 1
 REPORT_FILE = "report.json"
 
 RowKind: TypeAlias = Literal["teacher", "ensemble", "student", "bundle"]
+
+Shown = TypeVar("Shown")
 
 _ONE_PROCESS_MARGIN = 0.05
 """Without the spread over processes, speeds that differ by less are not told apart."""
@@ -128,6 +130,37 @@ class RowPart(_Part):
         return next((entry for entry in self.latency if entry.batch_size == batch_size), None)
 
 
+class SpeedUpPart(_Part):
+    """`on_device[].speed_ups[]`."""
+
+    rival: str
+    ratio: float
+    low: float
+    high: float
+
+
+class DevicePart(_Part):
+    """`on_device[]`."""
+
+    name: str
+    profile: str
+    runtime: str
+    place: str
+    precision: Precision
+    batch_size: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    n: int
+    restart_p50_ms: tuple[float, ...]
+    agreement: float | None
+    speed_ups: tuple[SpeedUpPart, ...]
+    extras: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    protocol: dict[str, Any]
+
+
 class Report(_Part):
     """The whole of `report.json`."""
 
@@ -144,6 +177,7 @@ class Report(_Part):
     machine: dict[str, Any]
     versions: dict[str, str]
     comparison: Comparison | None = None
+    on_device: tuple[DevicePart, ...] = ()
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -164,6 +198,7 @@ def build_report(
     smoke_test: bool = False,
     notes: Sequence[str] = (),
     comparison: Comparison | None = None,
+    on_device: Sequence[DevicePart] = (),
 ) -> Report:
     """Puts rows together: adds speed-ups, and the sentences that follow from the numbers.
 
@@ -179,6 +214,7 @@ def build_report(
         smoke_test: this run shows that everything works, and its numbers are no result.
         notes: sentences that the report must carry.
         comparison: that this run is a part of.
+        on_device: what was measured on devices (`device_parts`).
 
     Raises:
         ValueError: two rows have one name, or none is called `reference`.
@@ -204,6 +240,7 @@ def build_report(
         machine=dict(machine),
         versions=dict(versions),
         comparison=comparison,
+        on_device=tuple(on_device),
     )
 
 
@@ -300,6 +337,17 @@ def _int8_sentence(row: RowPart, rival: RowPart, batch_size: int) -> str:
     return f"{row.name} takes {times}: {verdict} ({spread})."
 
 
+def with_verdicts(report: Report, verdicts: Mapping[str, Verdict]) -> Report:
+    """The report with newer verdicts of the gate, by name of the row, and with what follows from them."""
+    rows = tuple(
+        row.model_copy(update={"gate": _gate_part(verdicts[row.name])}) if row.name in verdicts else row
+        for row in report.rows
+    )
+    saw = report.teachers_saw_val, report.student_saw_val
+    findings = _findings(rows, report.reference, report.smoke_test, *saw)
+    return report.model_copy(update={"rows": rows, "findings": findings})
+
+
 def read_report(path: Path) -> Report:
     """Opens a `report.json`.
 
@@ -317,17 +365,17 @@ def read_report(path: Path) -> Report:
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of the table that is shown: its heading, and what it says about a row."""
+class Column(Generic[Shown]):
+    """One column of a table that is shown: its heading, and what it says about a row."""
 
     heading: str
-    cell: Callable[[RowPart], str]
+    cell: Callable[[Shown], str]
     numeric: bool = True
 
 
-def columns(report: Report) -> tuple[Column, ...]:
+def columns(report: Report) -> tuple[Column[RowPart], ...]:
     """The columns of the table, the same wherever it is shown."""
-    first = (
+    first: tuple[Column[RowPart], ...] = (
         Column("model", lambda row: row.name, numeric=False),
         Column("format", lambda row: f"{row.format} {row.precision}", numeric=False),
         Column("top-1 %", _top1),
@@ -340,7 +388,7 @@ def columns(report: Report) -> tuple[Column, ...]:
     return first + tuple(_latency_column(batch_size) for batch_size in report.batch_sizes)
 
 
-def _latency_column(batch_size: int) -> Column:
+def _latency_column(batch_size: int) -> Column[RowPart]:
     def cell(row: RowPart) -> str:
         entry = row.latency_at(batch_size)
         if entry is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kdcompress.report._comparison_table import comparison_lines
+from kdcompress.report._on_device import device_columns, device_sentences
 from kdcompress.report.base import Report, columns, legend
 
 
@@ -15,6 +16,13 @@ def render_markdown(report: Report) -> str:
     lines.append(_line(column.heading for column in shown))
     lines.append(_line("---:" if column.numeric else "---" for column in shown))
     lines += [_line(column.cell(row) for column in shown) for row in report.rows]
+    if report.on_device:
+        told = device_columns()
+        lines += ["", "## On the device", ""]
+        lines.append(_line(column.heading for column in told))
+        lines.append(_line("---:" if column.numeric else "---" for column in told))
+        lines += [_line(column.cell(part) for column in told) for part in report.on_device]
+        lines += ["", *(f"- {sentence}" for sentence in device_sentences(report))]
     for heading, sentences in (
         ("Findings", report.findings),
         ("Notes", report.notes),

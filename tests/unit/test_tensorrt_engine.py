@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +10,7 @@ import pytest
 from kdcompress import cuda_driver, tensorrt_engine
 from kdcompress.tensorrt_engine import BuildOptions, Engine, EngineError, build_engine, describe_here, refusal
 from kdcompress.tensorrt_layers import precision_shares
+from tests.unit.first_pixels import LAYERS
 from tests.unit.stand_in_tensorrt import CLASSES, make_tensorrt
 from tests.unit.tensorrt_source import names_used, read_table
 
@@ -26,31 +23,13 @@ GUARDED = {
     "Runtime.engine_host_code_allowed",
 }
 """Names that some version lacks; the source asks before it uses one."""
-LAYERS = json.dumps(
-    {
-        "Layers": [
-            {"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": "Int8", "Count": 9}},
-            {"Name": "copy", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Row major linear FP32"}]},
-        ]
-    }
-)
 HERE = {"tensorrt": "10.3.0", "gpu": "Orin", "compute_capability": "8.7"}
 
 
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
-    if shutil.which("gcc") is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
-    source = Path(__file__).with_name("stand_in_cuda.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    return str(library)
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, driver: str, version: str, **behaviour: Any) -> Any:
+def stand_in(monkeypatch: pytest.MonkeyPatch, stand_in_driver: str, version: str, **behaviour: Any) -> Any:
     """A GPU and a TensorRT of that version that are none."""
     trt = make_tensorrt(version, TABLE[version], layers=LAYERS, **behaviour)
-    monkeypatch.setattr(cuda_driver, "_LIBRARY", driver)
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", stand_in_driver)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     trt.__spec__ = importlib.util.spec_from_loader("tensorrt", None)
     return trt
@@ -88,15 +67,15 @@ def test_without_a_driver_nothing_touches_tensorrt(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("gpus", "said"), [("0", "no GPU"), ("-1", "no CUDA-capable device is detected")])
 def test_a_driver_without_a_gpu_is_told_apart(
-    driver: str, gpus: str, said: str, monkeypatch: pytest.MonkeyPatch
+    stand_in_driver: str, gpus: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_driver, "_LIBRARY", driver)
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", stand_in_driver)
     monkeypatch.setenv("STAND_IN_GPUS", gpus)
     assert said in (tensorrt_engine.why_not_here() or "")
 
 
-def test_a_gpu_is_described_and_its_memory_copies(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_driver, "_LIBRARY", driver)
+def test_a_gpu_is_described_and_its_memory_copies(stand_in_driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", stand_in_driver)
     gpu = cuda_driver.find_gpu()
     assert (gpu.name, gpu.compute_capability, gpu.driver, gpu.memory_mb) == ("Stand-in GPU", "8.7", "12.6", 8000)
     assert gpu.integrated
@@ -114,8 +93,10 @@ def test_a_gpu_is_described_and_its_memory_copies(driver: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("version", TABLE)
-def test_one_way_builds_and_runs_in_every_version(version: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trt = stand_in(monkeypatch, driver, version)
+def test_one_way_builds_and_runs_in_every_version(
+    version: str, stand_in_driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = stand_in(monkeypatch, stand_in_driver, version)
     content, cache = build_engine(b"graph", "int8", BuildOptions(1, 2, 4, workspace_mb=64), b"old")
     assert (cache, trt.asked["cache"], trt.asked["workspace"]) == (b"cache", b"old", 64 << 20)
     assert trt.asked["shapes"] == ((1, 3, 2, 2), (2, 3, 2, 2), (4, 3, 2, 2))
@@ -139,38 +120,40 @@ def test_one_way_builds_and_runs_in_every_version(version: str, driver: str, mon
         engine(np.zeros((1, 3, 4, 4), np.float32))
 
 
-def test_options_that_a_version_lacks_are_named(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_a_version_lacks_are_named(stand_in_driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [
         BuildOptions(builder_level=3),
         BuildOptions(version_compatible=True),
         BuildOptions(hardware_compatible=True),
     ]
-    stand_in(monkeypatch, driver, "8.5.1")
+    stand_in(monkeypatch, stand_in_driver, "8.5.1")
     for option in options:
         with pytest.raises(EngineError, match=r"TensorRT 8\.5\.1 has no"):
             build_engine(b"graph", "fp32", option)
-    trt = stand_in(monkeypatch, driver, "8.6.0")
+    trt = stand_in(monkeypatch, stand_in_driver, "8.6.0")
     for option in options:
         build_engine(b"graph", "fp32", option)
     assert trt.asked["flags"] == ["no TF32", "no TF32", "VERSION_COMPATIBLE", "no TF32"]
     assert trt.asked["config"].hardware_compatibility_level.name == "AMPERE_PLUS"
 
 
-def test_what_tensorrt_says_is_passed_on(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, driver, "10.3.0", unread="In node 3:\n unsupported Einsum")
+def test_what_tensorrt_says_is_passed_on(stand_in_driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, stand_in_driver, "10.3.0", unread="In node 3:\n unsupported Einsum")
     with pytest.raises(EngineError, match=r"does not read this graph: In node 3: unsupported Einsum"):
         build_engine(b"graph", "fp32", BuildOptions())
-    stand_in(monkeypatch, driver, "10.3.0", error="Error Code 2: OutOfMemory (requested size 1)")
+    stand_in(monkeypatch, stand_in_driver, "10.3.0", error="Error Code 2: OutOfMemory (requested size 1)")
     with pytest.raises(EngineError, match=r"built no engine: out of memory") as caught:
         build_engine(b"graph", "fp32", BuildOptions())
     assert "smaller" in caught.value.fix
-    stand_in(monkeypatch, driver, "10.3.0", error="Could not find any implementation for node conv")
+    stand_in(monkeypatch, stand_in_driver, "10.3.0", error="Could not find any implementation for node conv")
     with pytest.raises(EngineError, match="Could not find any implementation"):
         build_engine(b"graph", "fp32", BuildOptions())
 
 
-def test_an_engine_from_elsewhere_is_refused_before_it_is_opened(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trt = stand_in(monkeypatch, driver, "10.3.0")
+def test_an_engine_from_elsewhere_is_refused_before_it_is_opened(
+    stand_in_driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = stand_in(monkeypatch, stand_in_driver, "10.3.0")
     del trt.Runtime  # whoever opened it would fail
     with pytest.raises(EngineError, match=r"built by TensorRT 8\.6\.0, here is 10\.3\.0"):
         Engine(b"engine", {**HERE, "tensorrt": "8.6.0"})

@@ -1,0 +1,51 @@
+"""What devices told of a run: taken in by `report --merge`, kept in the run's `measurements/`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from kdcompress.bundle import Bundle
+from kdcompress.errors import InputError, KdcompressError
+from kdcompress.files import atomic_write
+from kdcompress.measurement import Measurement, read_measurement
+from kdcompress.pipeline.base import RunFolder
+from kdcompress.profiles import get_profile
+
+FOLDER = "measurements"
+
+
+def read_checked(file: Path, bundles: Mapping[str, Bundle]) -> Measurement:
+    """A file from a device, held against the bundles of a run.
+
+    Raises:
+        InputError: it is no measurement, speaks of other bundles, or was made by another runtime than its profile's.
+    """
+    found = read_measurement(file, known=[bundle.digest for bundle in bundles.values()])
+    wanted = get_profile(found.profile).runtime
+    if not found.runtime.startswith(wanted):
+        what = f"measured in {found.runtime}, which says nothing about {found.profile}, where {wanted} runs it"
+        raise InputError(what, where=str(file), fix="measure with the runtime that the device will use")
+    return found
+
+
+def keep(run: RunFolder, found: Measurement) -> None:
+    """Puts a copy into the run; the same one twice is one."""
+    content = json.dumps(found.model_dump(mode="json"), ensure_ascii=False, sort_keys=True) + "\n"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    with atomic_write(run.path / FOLDER / f"{found.profile}-{digest[:12]}.json", "w") as handle:
+        handle.write(content)
+
+
+def read_all(run: RunFolder, bundles: Mapping[str, Bundle]) -> tuple[list[Measurement], list[str]]:
+    """The measurements that were taken in and speak of bundles that are still in the run; and notes on the others."""
+    known = [bundle.digest for bundle in bundles.values()]
+    found, notes = [], []
+    for file in sorted((run.path / FOLDER).glob("*.json")):
+        try:
+            found.append(read_measurement(file, known=known))
+        except KdcompressError as error:
+            notes.append(f"{FOLDER}/{file.name} is left out: {error.what}.")
+    return found, notes

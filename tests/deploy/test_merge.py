@@ -1,0 +1,84 @@
+"""From a run to a device and back: export --device, measure there, report --merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcompress.bundle import read_bundle
+from kdcompress.gate import Drop, judge, read_verdict, write_verdict
+from kdcompress.profiles import get_profile
+from kdcompress.quantize import find_quantizer
+from tests.cli.conftest import Shop, shop, warm  # noqa: F401
+from tests.deploy.conftest import Delivered
+from tests.unit.deployed import digits
+
+
+@pytest.fixture(scope="module")
+def away(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """What a device made of a run's bundle."""
+    shop.must("export", "run", "--onnx")
+    run = shop.folder / "run"
+    source, profile = read_bundle(run / "onnx-fp32"), get_profile("ort-x86")
+    made = find_quantizer("int8").run(source, digits()[0][:200], run / "onnx-int8-ort-x86", profile=profile)
+    verdict = judge(Drop(0.0, -0.01, 0.01, 300, 3, "val"), (), max_drop=0.02)
+    assert verdict.answer == "unmeasured on target"
+    write_verdict(made.path, verdict, made.digest, {})
+    said = shop.must("export", "run", "--device", "--for", "ort-x86")
+    assert "run/device-ort-x86 · fp32, int8 for ort-x86" in said
+    file = tmp_path_factory.mktemp("away") / "m.json"
+    words = ("--out", file, "--restarts", 5, "--iterations", 5, "--warmup", 1)
+    done = Delivered(shop.folder / "run" / "device-ort-x86").run("measure", *words)
+    assert done.returncode == 0, done.stderr
+    return file
+
+
+def test_a_measurement_joins_the_report_of_its_run(shop: Shop, away: Path) -> None:  # noqa: F811
+    said = shop.must("report", "run", "--batch-sizes", "1", "--restarts", "1", "--merge", away)
+    made = read_bundle(shop.folder / "run" / "onnx-int8-ort-x86")
+    verdict = read_verdict(made.path, made.digest)
+    assert verdict is not None
+    assert verdict.answer in ("pass", "fail"), "the gate believes what the device measured"
+    assert f"gate · onnx-int8-ort-x86 · {verdict.answer}" in said
+    assert (verdict.speed_ups[0].rival, verdict.speed_ups[0].restarts) == ("fp32", 5)
+    assert verdict.measured_on.startswith("onnxruntime ")
+    assert "On the device" in said
+    report: dict[str, Any] = json.loads((shop.folder / "run" / "report.json").read_text(encoding="utf-8"))
+    assert {(part["name"], part["n"]) for part in report["on_device"]} == {
+        ("onnx-fp32", 25),
+        ("onnx-int8-ort-x86", 25),
+    }
+    before = report["rows"]
+    assert "On the device" in shop.must("report", "run", "--merge", away)
+    report = json.loads((shop.folder / "run" / "report.json").read_text(encoding="utf-8"))
+    assert len(report["on_device"]) == 2, "the same file twice is one"
+    assert report["rows"] == before, "nothing else is measured again"
+
+
+def test_what_does_not_belong_to_the_run_is_refused(shop: Shop, away: Path, tmp_path: Path) -> None:  # noqa: F811
+    content = json.loads(away.read_text(encoding="utf-8"))
+    for model in content["models"]:
+        model["bundle"] = "0" * 64
+    (tmp_path / "other.json").write_text(json.dumps(content), encoding="utf-8")
+    done = shop.run("report", "run", "--merge", tmp_path / "other.json")
+    assert done.code == 2
+    assert "measured on other bundles: 000000000000…" in done.error
+    content = json.loads(away.read_text(encoding="utf-8"))
+    (tmp_path / "cpu.json").write_text(json.dumps({**content, "profile": "jetson-orin"}), encoding="utf-8")
+    done = shop.run("report", "run", "--merge", tmp_path / "cpu.json")
+    assert done.code == 2
+    assert "says nothing about jetson-orin, where tensorrt runs it" in done.error
+
+
+def test_without_a_gpu_the_device_bundle_is_written_and_said_so(shop: Shop) -> None:  # noqa: F811
+    done = shop.run("export", "run", "--trt", "--for", "trt10.3", "--out", "elsewhere")
+    if "device bundle is written instead" not in done.out:
+        pytest.skip("there is a GPU here")
+    assert done.code == 0
+    assert (shop.folder / "elsewhere" / "device.json").is_file()
+    done = shop.run("export", "run", "--trt", "--require-engine")
+    assert done.code == 1
+    assert "--require-engine" in done.error
