@@ -118,8 +118,8 @@ def main() -> None:
             else:
                 student = untrained(arch, size, large, splits.classes, scratch / "student")
             verdict, found = examine(student, large, splits, arch in given, scratch)
-        ships = all(entry.low > 1 for entry in verdict.speed_ups) and "fail" not in verdict.answer
-        counts["ships" if ships else "slower or worse"] += 1
+        faster = all(entry.low > 1 for entry in verdict.speed_ups)
+        counts["ships" if verdict.answer == "pass" else "faster, not trained" if faster else "not faster or worse"] += 1
         document["students"][arch] = {"verdict": verdict.document(), **found}
         options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         print(line(f"{arch}, {size} px", verdict, found), flush=True)
