@@ -1,0 +1,292 @@
+"""An ONNX graph walked in torch, its Q/DQ pairs as modules that round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kdcompress.errors import InputError
+from kdcompress.fake_quant._rounding import FakeQuantize, round_weight
+from kdcompress.onnx_operators import Operation, operation
+
+ModelProto: TypeAlias = Any
+NodeProto: TypeAlias = Any
+
+_QUANTIZED = "_quantized"
+"""What onnxruntime's quantizer puts behind the name of a weight or a bias whose integers take its place."""
+_LAYERS = ("Conv", "Gemm", "MatMul")
+
+
+class WeightScheme(NamedTuple):
+    """How a weight is rounded: see `round_weight`."""
+
+    half: int
+    axis: int | None
+
+
+class Layer(nn.Module):
+    """A node with a weight that is learned.
+
+    Args:
+        compute: input, weight and perhaps bias → output.
+        weight: float.
+        bias: float, where there is one.
+        scheme: how the weight is rounded; None for a layer that stays float.
+        names: of the weight and of the bias in the file.
+    """
+
+    def __init__(
+        self,
+        compute: Operation,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        scheme: WeightScheme | None,
+        names: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.compute = compute
+        self.weight = weight
+        self.bias = bias
+        self.scheme = scheme
+        self.names = names
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The node's output."""
+        weight = self.weight if self.scheme is None else round_weight(self.weight, *self.scheme)
+        result: Tensor = self.compute(values, weight, *([] if self.bias is None else [self.bias]))
+        return result
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: its function, or the name of the module that computes it; what goes in, what comes out.
+
+    `finished` are the values that no later step reads.
+    """
+
+    compute: Operation | str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    finished: tuple[str, ...] = ()
+
+
+class GraphNetwork(nn.Module):
+    """A graph of one input and one output.
+
+    Args:
+        steps: in order.
+        modules: those that the steps name.
+        constants: what steps read beside values. Vectors and larger tensors of floats move with the network; numbers,
+            sizes and indices stay on the CPU.
+        ends: names of the input and of the output.
+        rounded: tensor → the value it is rounded to, and the module that does it.
+    """
+
+    def __init__(
+        self,
+        steps: tuple[Step, ...],
+        modules: Mapping[str, nn.Module],
+        constants: Mapping[str, Tensor],
+        ends: tuple[str, str],
+        rounded: Mapping[str, tuple[str, str]],
+    ) -> None:
+        super().__init__()
+        self.steps = steps
+        self.ends = ends
+        self.rounded = dict(rounded)
+        self.shown: dict[str, str] = {}
+        self._fixed: dict[str, Tensor] = {}
+        for name, module in modules.items():
+            self.add_module(name, module)
+        for name, value in constants.items():
+            if value.is_floating_point() and value.ndim:
+                self.register_buffer(_plain(name), value, persistent=False)
+            else:
+                self._fixed[name] = value
+
+    def show(self, value: str, name: str) -> None:
+        """Passes a value through a module of this name, so that it can be tapped."""
+        self.add_module(name, nn.Identity())
+        self.shown[value] = name
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """The graph's output."""
+        return self.walk(images)[self.ends[1]]
+
+    def walk(self, images: Tensor, *, everything: bool = False) -> dict[str, Tensor]:
+        """The graph's values by name: the output, and with `everything` all others."""
+        values: dict[str, Any] = {self.ends[0]: images}
+        for step in self.steps:
+            inputs = [values[name] if name in values else self._constant(name) for name in step.inputs]
+            compute: Any = self._modules[step.compute] if isinstance(step.compute, str) else step.compute
+            result = compute(*inputs)
+            values |= zip(step.outputs, result if isinstance(result, tuple) else (result,), strict=False)
+            for name in step.outputs:
+                if name in self.shown:
+                    self.get_submodule(self.shown[name])(values[name])
+            if not everything:
+                for name in step.finished:
+                    values.pop(name, None)
+        return values
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """Weights and biases by their names in the file."""
+        layers = [module for module in self.modules() if isinstance(module, Layer)]
+        return {
+            name: parameter
+            for layer in layers
+            for name, parameter in zip(layer.names, (layer.weight, layer.bias), strict=False)
+            if parameter is not None
+        }
+
+    def _constant(self, name: str) -> Tensor | None:
+        if not name:
+            return None
+        return self._fixed[name] if name in self._fixed else self.get_buffer(_plain(name))
+
+
+def read_graph(model: ModelProto, floats: Mapping[str, Tensor], half: int = 127) -> GraphNetwork:
+    """The graph of a file, with or without Q/DQ pairs, as a network.
+
+    Args:
+        model: an `onnx.ModelProto` whose nodes are in order.
+        floats: weights and biases of the fp32 file by name; those that convolutions and matrix products use are
+            learned, but for what only selects channels (an option-A shortcut).
+        half: the largest integer of a weight.
+
+    Raises:
+        InputError: a layer that cannot be walked.
+    """
+    return _Reader(model, floats, half).read()
+
+
+class _Reader:
+    """What is known while a graph is read, node after node."""
+
+    def __init__(self, model: ModelProto, floats: Mapping[str, Tensor], half: int) -> None:
+        self.model = model
+        self.floats = floats
+        self.half = half
+        self.given = tensors(model)
+        self.weights: dict[str, tuple[str, WeightScheme | None]] = {}
+        self.same: dict[str, str] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.rounded: dict[str, tuple[str, str]] = {}
+
+    def read(self) -> GraphNetwork:
+        graph = self.model.graph
+        steps = [step for node in graph.node for step in self.steps(node)]
+        ends = graph.input[0].name, self.same.get(graph.output[0].name, graph.output[0].name)
+        return GraphNetwork(_with_ends(steps, ends[1]), self.modules, self.constants, ends, self.rounded)
+
+    def steps(self, node: NodeProto) -> tuple[Step, ...]:
+        """What a node becomes; what only passes on a value or a weight becomes nothing."""
+        if node.op_type == "QuantizeLinear":
+            return self.quantize(node)
+        if node.op_type == "DequantizeLinear":
+            self.dequantize(node)
+            return ()
+        inputs = tuple(self.same.get(name, name) for name in node.input)
+        if node.op_type in _LAYERS and len(inputs) > 1:
+            name, scheme = self.weights.get(inputs[1], (inputs[1], None))
+            if name in self.floats and not _selects_channels(self.floats[name]):
+                return (self.layer(node, inputs, name, scheme),)
+        for name in inputs:
+            self.fix(name)
+        return (Step(operation(node), inputs, tuple(node.output)),)
+
+    def layer(self, node: NodeProto, inputs: tuple[str, ...], name: str, scheme: WeightScheme | None) -> Step:
+        bias = [self.weights.get(other, (other, None))[0] for other in inputs[2:]]
+        learned = [self.learn(known) for known in (name, *bias)]
+        key = _plain(f"layer {node.output[0]}")
+        self.modules[key] = Layer(
+            operation(node), learned[0], learned[1] if bias else None, scheme, names=(name, *bias)
+        )
+        return Step(key, inputs[:1], tuple(node.output))
+
+    def quantize(self, node: NodeProto) -> tuple[Step, ...]:
+        name, scale, zero_point = node.input
+        if name in self.given:
+            self.weights[node.output[0]] = (name, self.scheme(node))
+            return ()
+        key = _plain(f"round {scale}")
+        if key not in self.modules:
+            kind = self.given[zero_point].dtype
+            limits = torch.iinfo(kind)
+            start = float(self.given[scale]), int(self.given[zero_point])
+            self.modules[key] = FakeQuantize(*start, limits.min, limits.max)
+        source = self.same.get(name, name)
+        self.rounded[name] = (node.output[0], key)
+        return (Step(key, (source,), (node.output[0],)),)
+
+    def dequantize(self, node: NodeProto) -> None:
+        name = node.input[0]
+        if name in self.weights:  # a float weight behind a QuantizeLinear
+            self.weights[node.output[0]] = self.weights[name]
+        elif name in self.given:
+            known = name.removesuffix(_QUANTIZED)
+            is_bias = self.given[name].dtype == torch.int32
+            self.weights[node.output[0]] = (known, None if is_bias else self.scheme(node))
+            self.given[node.output[0]] = _dequantized(self.given, node)
+        else:
+            self.same[node.output[0]] = name
+
+    def scheme(self, node: NodeProto) -> WeightScheme:
+        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
+        return WeightScheme(self.half, axis if self.given[node.input[1]].ndim else None)
+
+    def learn(self, name: str) -> nn.Parameter:
+        if name not in self.floats:
+            raise InputError(f"the weights {name} are not in the fp32 file", fix="export and quantize it again")
+        return self.parameters.setdefault(name, nn.Parameter(self.floats[name].clone()))
+
+    def fix(self, name: str) -> None:
+        """Keeps what a node reads that is no value: a constant as it stands in the file, or as its integers say."""
+        if name in self.given:
+            self.constants[name] = self.given[name]
+        elif name in self.weights:
+            self.constants[name] = self.floats[self.weights[name][0]]
+
+
+def tensors(model: ModelProto) -> dict[str, Tensor]:
+    """The initializers of an ONNX graph by name."""
+    from onnx import numpy_helper
+
+    return {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in model.graph.initializer}
+
+
+def _dequantized(given: Mapping[str, Tensor], node: NodeProto) -> Tensor:
+    values, scale, zero_point = (given[name] for name in node.input)
+    if scale.ndim and scale.numel() > 1:
+        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
+        shape = [-1 if place == axis % values.ndim else 1 for place in range(values.ndim)]
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    return (values.double() - zero_point.double()).float() * scale
+
+
+def _selects_channels(weight: Tensor) -> bool:
+    """Whether a weight only says which input channel becomes which output channel."""
+    return bool(((weight == 0) | (weight == 1)).all()) and int(weight.abs().flatten(1).sum(1).max()) <= 1
+
+
+def _plain(name: str) -> str:
+    """A name that torch takes for a module or buffer."""
+    return name.replace(".", "/")
+
+
+def _with_ends(steps: list[Step], output: str) -> tuple[Step, ...]:
+    """The steps, each with the values that it is the last to read or that nobody reads."""
+    wanted, ended = {output}, []
+    for step in reversed(steps):
+        names = dict.fromkeys(name for name in (*step.inputs, *step.outputs) if name not in wanted)
+        ended.append((step, tuple(names)))
+        wanted |= set(names)
+    made = {name for step in steps for name in step.outputs}
+    return tuple(replace(step, finished=tuple(n for n in names if n in made)) for step, names in reversed(ended))

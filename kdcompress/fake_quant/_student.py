@@ -1,0 +1,124 @@
+"""A student that is trained with the roundings of an INT8 file, and what it has learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kdcompress.errors import InputError
+from kdcompress.fake_quant._graph import GraphNetwork, read_graph, tensors
+from kdcompress.fake_quant._rounding import FakeQuantize
+from kdcompress.networks import Student
+from kdcompress.taps import eval_mode
+
+ModelProto: TypeAlias = Any
+
+_TOLERANCE = 1e-3
+"""Largest difference of a walked graph to the network it was exported from, relative to the largest value."""
+
+
+def prepare(student: Student, exported: ModelProto, quantized: ModelProto, *, reduce_range: bool = False) -> Student:
+    """A student that computes what the INT8 file computes, and can be trained.
+
+    Its feature maps are those of `student`, rounded where the file rounds them. It normalises inside its network, as
+    the files do.
+
+    Args:
+        student: as it was exported.
+        exported: its fp32 file, an `onnx.ModelProto`.
+        quantized: the INT8 file made of that.
+        reduce_range: whether weights have 7 bits there.
+
+    Returns:
+        A student of the same architecture's name, on the CPU.
+
+    Raises:
+        InputError: the network has a layer that cannot be trained in its exported form, or its feature maps are not in
+            the file.
+    """
+    floats = {name: value for name, value in tensors(exported).items() if value.is_floating_point()}
+    images = torch.rand(2, *student.preprocess.image_shape, generator=torch.Generator().manual_seed(0))
+    network = read_graph(quantized, floats, half=64 if reduce_range else 127)
+    made = {name for step in network.steps for name in step.outputs}
+    dropped = {node.input[0]: node.output[0] for node in exported.graph.node if node.op_type in ("Relu", "Clip")}
+    for stage, tensor in _find_maps(student, read_graph(exported, floats), images).items():
+        kept = tensor if tensor in made else dropped.get(tensor, tensor)
+        network.show(network.rounded[kept][0] if kept in network.rounded else kept, stage)
+    channels = student.preprocess.channels
+    return Student(
+        network,
+        replace(student.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels),
+        arch=student.arch,
+        arch_args=student.arch_args,
+        num_classes=student.num_classes,
+        in_channels=student.in_channels,
+        stages=tuple(student.feature_shapes),
+    )
+
+
+def learned_ranges(student: Student) -> dict[str, tuple[float, int]]:
+    """Tensor of the file → its scale, a 32-bit number, and its zero point; every tensor that the student rounds.
+
+    Args:
+        student: what `prepare` gave.
+    """
+    network = _network(student)
+    found = {}
+    for tensor, (_, name) in network.rounded.items():
+        module = network.get_submodule(name)
+        assert isinstance(module, FakeQuantize)
+        found[tensor] = module.range
+    return found
+
+
+def learned_model(student: Student, exported: ModelProto) -> ModelProto:
+    """The fp32 file with the weights and biases that were learned, not rounded.
+
+    Args:
+        student: what `prepare` gave.
+        exported: the file that it was made from.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    learned = _network(student).learned()
+    model = onnx.ModelProto()
+    model.CopyFrom(exported)
+    for item in model.graph.initializer:
+        if item.name in learned:
+            value = learned[item.name].detach().float().cpu().numpy()
+            item.CopyFrom(numpy_helper.from_array(value, item.name))
+    return model
+
+
+def _network(student: Student) -> GraphNetwork:
+    assert isinstance(student.network, GraphNetwork)
+    return student.network
+
+
+def _find_maps(student: Student, graph: GraphNetwork, images: Tensor) -> dict[str, str]:
+    """Feature map of the student → the tensor of its file that has the same values."""
+    with eval_mode(student), torch.no_grad():
+        outputs = student(images.to(next(student.parameters()).device))
+        values = graph.walk(images, everything=True)
+    if not _agree(values[graph.ends[1]], outputs.logits.cpu()):
+        raise InputError(f"{student.arch} cannot be trained in its exported form: that answers otherwise", where="--qat")
+    found = {}
+    for name, expected in outputs.features.items():
+        alike = (tensor for tensor, value in values.items() if _agree(value, expected.cpu()))
+        match = next(alike, None)
+        if match is None:
+            what = f"{student.arch} cannot be trained in its exported form: its {name} is not in the file"
+            raise InputError(what, where="--qat")
+        found[name] = match
+    return found
+
+
+def _agree(value: Tensor, expected: Tensor) -> bool:
+    if value.numel() != expected.numel():
+        return False
+    difference = (value.reshape(expected.shape) - expected).abs().max()
+    return bool(difference <= _TOLERANCE * expected.abs().max().clamp(min=1e-6))
