@@ -88,7 +88,8 @@ def _gemm(attributes: _Attributes) -> Operation:
         if alpha == beta == 1.0:
             return F.linear(one, other, bias)
         product = alpha * F.linear(one, other)
-        return product if bias is None else product + beta * bias
+        result: Tensor = product if bias is None else product + beta * bias
+        return result
 
     return gemm
 
@@ -168,8 +169,8 @@ def _split(attributes: _Attributes) -> Operation:
 
     def split(value: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         if sizes is not None:
-            return value.split(_numbers(sizes), axis)
-        return value.split(-(-value.shape[axis] // attributes["num_outputs"]), axis)
+            return torch.split(value, _numbers(sizes), axis)
+        return torch.split(value, -(-value.shape[axis] // attributes["num_outputs"]), axis)
 
     return split
 

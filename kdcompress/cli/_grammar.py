@@ -51,7 +51,7 @@ def repeat_flags(words: list[str], flags: set[str]) -> list[str]:
             flag = name if name in flags else None
             pending = flag is not None and not equals
             result.append(word)
-        elif flag is None or _is_override(word):
+        elif flag is None or is_override(word):
             if pending:
                 raise click.UsageError(f"{flag} needs a value, {word} is a setting")
             flag = None
@@ -62,7 +62,8 @@ def repeat_flags(words: list[str], flags: set[str]) -> list[str]:
     return result
 
 
-def _is_override(word: str) -> bool:
+def is_override(word: str) -> bool:
+    """Whether a word is `seed=…` or `section.key=…`."""
     from kdcompress.recipe import OVERRIDE  # imports pydantic, which --help need not wait for
 
     return OVERRIDE.match(word) is not None

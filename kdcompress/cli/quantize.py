@@ -12,6 +12,7 @@ from kdcompress.cli._foreign import takes_onnx_files
 
 @click.command()
 @click.argument("source", metavar="[RUN|BUNDLE|MODEL.onnx]", required=False, type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--int8", is_flag=True, help="8-bit integers (the default).")
 @click.option("--fp16", is_flag=True, help="16-bit floats; of an INT8 bundle, all that is not INT8.")
 @click.option(
@@ -63,10 +64,14 @@ from kdcompress.cli._foreign import takes_onnx_files
     help="Processes for speed, 5 or more; 0 measures nothing, and recommends nothing.",
 )
 @click.option("--force", is_flag=True, help="Keep what fails the gate.")
+@click.option("--qat", is_flag=True, help="Train the run's student on, rounded as INT8, before it is written.")
+@click.option("--resume", is_flag=True, help="Continue such a training.")
+@click.option("--offline", is_flag=True, help="Download nothing.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Bundle to write [default: in the run].")
 @takes_onnx_files("source", keep=True)
 def command(
     source: Path | None,
+    overrides: tuple[str, ...],
     int8: bool,
     fp16: bool,
     autocast: Path | None,
@@ -83,12 +88,19 @@ def command(
     threads: int,
     restarts: int,
     force: bool,
+    qat: bool,
+    resume: bool,
+    offline: bool,
     out: Path | None,
 ) -> None:
     """Write an INT8 or fp16 ONNX of a student, made on real training images.
 
     INT8 is kept only if it is measurably faster than the best of fp32 and fp16 on the target and its top-1 drops by no
     more than allowed; what was found stands in gate.json. Without RUN the newest run under runs/ is taken.
+
+    \b
+    kdcompress quantize runs/mine --for ort-x86
+    kdcompress quantize --qat runs/mine --for ort-x86 train.epochs=4 train.lr=0.001
     """
     from kdcompress.errors import InputError
     from kdcompress.pipeline.deploy import convert_to_fp16
@@ -99,6 +111,18 @@ def command(
         raise InputError(what, fix="quantize --int8, then quantize --fp16 of the bundle that it wrote")
     if autocast is not None and not fp16:
         raise InputError("--autocast converts to fp16", fix="add --fp16")
+    if qat:
+        from kdcompress.cli._grammar import is_override
+        from kdcompress.pipeline.quantization_aware import quantize_aware
+
+        if foreign := _given(click.get_current_context()) - _WITH_QAT:
+            raise InputError(f"--qat does not go with --{min(foreign).replace('_', '-')}", fix="leave it out")
+        if source is not None and is_override(str(source)) and not source.exists():
+            source, overrides = None, (str(source), *overrides)
+        quantize_aware(source, overrides, profile=profile, out=out, resume=resume, offline=offline)
+        return
+    if overrides or resume or offline:
+        raise InputError("KEY=VALUE, --resume and --offline belong to --qat", fix="add --qat")
     if fp16:
         convert_to_fp16(source, profile=profile, data=data, out=out, autocast=autocast)
         return
@@ -115,3 +139,12 @@ def command(
         force=force,
         out=out,
     )
+
+
+_WITH_QAT = {"source", "overrides", "int8", "profile", "qat", "resume", "offline", "out"}
+
+
+def _given(ctx: click.Context) -> set[str]:
+    """The options and arguments that stand on the command line."""
+    typed = click.core.ParameterSource.COMMANDLINE
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is typed}

@@ -1,14 +1,14 @@
 """A student that is trained as it will be quantized: rounded in the forward pass where an INT8 file has its Q/DQ pairs.
 
-The INT8 file of the student as it is, its ranges found on images, is the plan: `prepare` walks that graph in torch, with
-the float weights of the fp32 file that it was made from. So every rounding, every activation function that the
-quantizer dropped because a range does the same, every layer that a profile leaves float is where the file has it.
+The INT8 file of the student as it is, its ranges found on images, is the plan: `prepare_student` walks that graph in
+torch, with the float weights of the fp32 file that it was made from. So every rounding, every activation function that
+the quantizer dropped because a range does the same, every layer that a profile leaves float is where the file has it.
 
 Weights are learned, and of each range of an activation its scale; zero points stay, and so does the side on which a
 range is cut. Batch norm is folded into the weights and its statistics stay as they are. Biases are not rounded: theirs
 have 32 bits. Dropout and the like are gone, as in the file.
 """
 
-from kdcompress.fake_quant._student import learned_model, learned_ranges, prepare
+from kdcompress.fake_quant._student import learned_model, learned_ranges, prepare_student
 
-__all__ = ["learned_model", "learned_ranges", "prepare"]
+__all__ = ["learned_model", "learned_ranges", "prepare_student"]

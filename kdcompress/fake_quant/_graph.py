@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdcompress.errors import InputError
-from kdcompress.fake_quant._rounding import FakeQuantize, round_weight
+from kdcompress.fake_quant._rounding import FakeQuantize, round_bias, round_weight, weight_scale
 from kdcompress.onnx_operators import Operation, operation
 
 ModelProto: TypeAlias = Any
@@ -23,7 +23,7 @@ _LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 class WeightScheme(NamedTuple):
-    """How a weight is rounded: see `round_weight`."""
+    """How a weight is rounded: see `weight_scale`."""
 
     half: int
     axis: int | None
@@ -36,8 +36,9 @@ class Layer(nn.Module):
         compute: input, weight and perhaps bias → output.
         weight: float.
         bias: float, where there is one.
-        scheme: how the weight is rounded; None for a layer that stays float.
         names: of the weight and of the bias in the file.
+        scheme: how the weight is rounded; None for a layer that stays float.
+        before: what rounds the input, where the bias is rounded as well.
     """
 
     def __init__(
@@ -45,20 +46,29 @@ class Layer(nn.Module):
         compute: Operation,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
-        scheme: WeightScheme | None,
+        *,
         names: tuple[str, ...],
+        scheme: WeightScheme | None,
+        before: FakeQuantize | None,
     ) -> None:
         super().__init__()
         self.compute = compute
         self.weight = weight
         self.bias = bias
-        self.scheme = scheme
         self.names = names
+        self.scheme = scheme
+        self._before = (before,)  # in a tuple, so that it is not part of this module as well
 
     def forward(self, values: Tensor) -> Tensor:
         """The node's output."""
-        weight = self.weight if self.scheme is None else round_weight(self.weight, *self.scheme)
-        result: Tensor = self.compute(values, weight, *([] if self.bias is None else [self.bias]))
+        weight, bias = self.weight, self.bias
+        if self.scheme is not None:
+            scale = weight_scale(weight, *self.scheme)
+            weight = round_weight(weight, scale)
+            (before,) = self._before
+            if bias is not None and before is not None:
+                bias = round_bias(bias, before.scale, scale)
+        result: Tensor = self.compute(values, weight, *([] if bias is None else [bias]))
         return result
 
 
@@ -179,6 +189,7 @@ class _Reader:
         self.parameters: dict[str, nn.Parameter] = {}
         self.modules: dict[str, nn.Module] = {}
         self.rounded: dict[str, tuple[str, str]] = {}
+        self.rounders: dict[str, str] = {}
 
     def read(self) -> GraphNetwork:
         graph = self.model.graph
@@ -205,9 +216,17 @@ class _Reader:
     def layer(self, node: NodeProto, inputs: tuple[str, ...], name: str, scheme: WeightScheme | None) -> Step:
         bias = [self.weights.get(other, (other, None))[0] for other in inputs[2:]]
         learned = [self.learn(known) for known in (name, *bias)]
+        rounds_bias = any(other in self.weights for other in inputs[2:])
+        before = self.modules.get(self.rounders.get(inputs[0], "")) if rounds_bias else None
+        assert before is None or isinstance(before, FakeQuantize)
         key = _plain(f"layer {node.output[0]}")
         self.modules[key] = Layer(
-            operation(node), learned[0], learned[1] if bias else None, scheme, names=(name, *bias)
+            operation(node),
+            learned[0],
+            learned[1] if bias else None,
+            names=(name, *bias),
+            scheme=scheme,
+            before=before,
         )
         return Step(key, inputs[:1], tuple(node.output))
 
@@ -224,6 +243,7 @@ class _Reader:
             self.modules[key] = FakeQuantize(*start, limits.min, limits.max)
         source = self.same.get(name, name)
         self.rounded[name] = (node.output[0], key)
+        self.rounders[node.output[0]] = key
         return (Step(key, (source,), (node.output[0],)),)
 
     def dequantize(self, node: NodeProto) -> None:

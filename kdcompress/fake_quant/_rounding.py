@@ -66,17 +66,42 @@ class FakeQuantize(nn.Module):
         return float(self.scale.detach().clamp(min=_LEAST_SCALE)), self.zero_point
 
 
-def round_weight(weight: Float[Tensor, "*shape"], half: int, axis: int | None) -> Float[Tensor, "*shape"]:
-    """A weight in steps of max |w| / `half`, with the gradient of one that is not rounded.
+class _StraightThrough(torch.autograd.Function):
+    """`scale · round(x / scale)`, half to even, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor) -> Tensor:
+        return (values / scale).round() * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+@torch.no_grad()
+def weight_scale(weight: Float[Tensor, "*shape"], half: int, axis: int | None) -> Float[Tensor, "*ones"]:
+    """The scale with which the largest |weight| becomes `half`; it has as many dimensions as the weight.
 
     Args:
         weight: any shape.
         half: the largest integer: 127 for 8 bits, 64 for 7, as onnxruntime's quantizer counts them.
         axis: the axis along which each index has its own scale; None: one scale for all.
     """
-    with torch.no_grad():
-        others = [place for place in range(weight.ndim) if axis is None or place != axis % weight.ndim]
-        scale = (weight.abs().amax(others, keepdim=True).double() / half).float()
-        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-        difference = (weight / scale).round() * scale - weight
-    return weight + difference
+    others = [place for place in range(weight.ndim) if axis is None or place != axis % weight.ndim]
+    scale = (weight.abs().amax(others, keepdim=True).double() / half).float()
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+
+
+def round_weight(weight: Float[Tensor, "*shape"], scale: Float[Tensor, "*ones"]) -> Float[Tensor, "*shape"]:
+    """A weight in steps of its scale, with the gradient of what is not rounded."""
+    rounded: Tensor = _StraightThrough.apply(weight, scale)
+    return rounded
+
+
+def round_bias(
+    bias: Float[Tensor, " channels"], input_scale: Float[Tensor, ""], scale: Float[Tensor, "*ones"]
+) -> Float[Tensor, " channels"]:
+    """A bias as 32-bit integers hold it: in steps of the input's scale times the weight's."""
+    steps = (input_scale.detach() * scale.reshape(-1)).double()
+    rounded: Tensor = _StraightThrough.apply(bias.double(), steps)
+    return rounded.float()

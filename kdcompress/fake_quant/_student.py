@@ -20,7 +20,9 @@ _TOLERANCE = 1e-3
 """Largest difference of a walked graph to the network it was exported from, relative to the largest value."""
 
 
-def prepare(student: Student, exported: ModelProto, quantized: ModelProto, *, reduce_range: bool = False) -> Student:
+def prepare_student(
+    student: Student, exported: ModelProto, quantized: ModelProto, *, reduce_range: bool = False
+) -> Student:
     """A student that computes what the INT8 file computes, and can be trained.
 
     Its feature maps are those of `student`, rounded where the file rounds them. It normalises inside its network, as
@@ -63,7 +65,7 @@ def learned_ranges(student: Student) -> dict[str, tuple[float, int]]:
     """Tensor of the file → its scale, a 32-bit number, and its zero point; every tensor that the student rounds.
 
     Args:
-        student: what `prepare` gave.
+        student: what `prepare_student` gave.
     """
     network = _network(student)
     found = {}
@@ -78,7 +80,7 @@ def learned_model(student: Student, exported: ModelProto) -> ModelProto:
     """The fp32 file with the weights and biases that were learned, not rounded.
 
     Args:
-        student: what `prepare` gave.
+        student: what `prepare_student` gave.
         exported: the file that it was made from.
     """
     import onnx
@@ -105,7 +107,9 @@ def _find_maps(student: Student, graph: GraphNetwork, images: Tensor) -> dict[st
         outputs = student(images.to(next(student.parameters()).device))
         values = graph.walk(images, everything=True)
     if not _agree(values[graph.ends[1]], outputs.logits.cpu()):
-        raise InputError(f"{student.arch} cannot be trained in its exported form: that answers otherwise", where="--qat")
+        raise InputError(
+            f"{student.arch} cannot be trained in its exported form: that answers otherwise", where="--qat"
+        )
     found = {}
     for name, expected in outputs.features.items():
         alike = (tensor for tensor, value in values.items() if _agree(value, expected.cpu()))
