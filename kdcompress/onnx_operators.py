@@ -36,13 +36,13 @@ def operation(node: Any) -> Operation:
 
     attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
     attributes = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
-    if node.op_type in _PLAIN:
-        return _PLAIN[node.op_type]
-    if node.domain or node.op_type not in _BUILT:
+    if node.domain or node.op_type not in {*_PLAIN, *_BUILT}:
         raise InputError(
             f"the layer {node.name} is a {node.op_type}, which cannot be trained in its exported form",
             fix="quantize it after training (without --qat), or choose another architecture",
         )
+    if node.op_type in _PLAIN:
+        return _PLAIN[node.op_type]
     return _BUILT[node.op_type]({**attributes, "num_outputs": len(node.output)})
 
 

@@ -61,7 +61,8 @@ class Layer(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """The node's output."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.scheme is not None:
             scale = weight_scale(weight, *self.scheme)
             weight = round_weight(weight, scale)

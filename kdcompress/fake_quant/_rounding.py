@@ -70,11 +70,11 @@ class _StraightThrough(torch.autograd.Function):
     """`scale · round(x / scale)`, half to even, with the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor) -> Tensor:
+    def forward(_ctx: Any, values: Tensor, scale: Tensor) -> Tensor:
         return (values / scale).round() * scale
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 

@@ -38,7 +38,7 @@ from kdcompress.pipeline.deploy import VERIFIED_IMAGES, choose_profile
 from kdcompress.pipeline.distill import require_unchanged, run_training
 from kdcompress.profiles import Profile, instruction_sets
 from kdcompress.quantize import find_quantizer
-from kdcompress.quantize.int8 import predict, quantize_model
+from kdcompress.quantize.int8 import quantize_model
 from kdcompress.recipe import Recipe, build_recipe, merge, parse_override, write_recipe
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
 from kdcompress.types import Images
@@ -50,6 +50,7 @@ LEAST_EPOCHS = 2
 LEAST_AGREEMENT = 0.995
 """Below this the file in ONNX Runtime is not the student that was trained."""
 COMPARED_IMAGES = 2000
+_BATCH = 256
 OWN_SECTIONS = ("train", "cache")
 """What of the recipe may be changed; all else is the run's."""
 
@@ -170,11 +171,16 @@ def write(
     file = plan.exported.path / "learned.onnx"
     file.write_bytes(model.SerializeToString(deterministic=True))
     made = quantize_model(file, plan.calibration, plan.profile, reduce_range=plan.reduce_range, ranges=ranges)
-    content = made.SerializeToString(deterministic=True)
+    file.write_bytes(made.SerializeToString(deterministic=True))
+    session = open_session(file, as_written=plan.profile.runtime != "onnxruntime")
+    predictor = OnnxPredictor(session, plan.exported.preprocess)
     images = torch.cat([plan.calibration, _load(parts.splits.val, COMPARED_IMAGES - len(plan.calibration))])
     with torch.no_grad():
-        expected = torch.cat([student(batch).logits for batch in torch.split(images, 256)])
-    agreed = agreement(expected, predict(content, images))
+        batches = torch.split(images, _BATCH)
+        expected, found = (
+            torch.cat([answer(batch) for batch in batches]) for answer in (student.deployable(), predictor)
+        )
+    agreed = agreement(expected, found)
     if agreed < LEAST_AGREEMENT:
         what = f"the INT8 file gives the class of the trained student for {agreed:.2%} of {len(images)} images"
         raise VerificationError(f"{what}, {LEAST_AGREEMENT:.1%} is needed", where=str(folder.path))

@@ -61,8 +61,14 @@ def run_session(session: Any, images: Images, interface: Interface) -> Logits:
     return found if interface.output == "logits" else found.clamp(min=torch.finfo(found.dtype).tiny).log()
 
 
-def open_session(path: Path, device: str = "cpu", threads: int | None = None) -> Any:
+def open_session(path: Path, device: str = "cpu", threads: int | None = None, *, as_written: bool = False) -> Any:
     """A session on `device`, and on nothing else: no silent fallback to the CPU.
+
+    Args:
+        path: an ONNX file.
+        device: "cpu" or "cuda".
+        threads: see `runtimes.open_bundle`.
+        as_written: compute node by node, without ONNX Runtime's own rewriting, which for one gives biases 32 bits.
 
     Raises:
         InputError: this onnxruntime does not have the device.
@@ -79,6 +85,8 @@ def open_session(path: Path, device: str = "cpu", threads: int | None = None) ->
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads if threads is not None else torch.get_num_threads()
     options.inter_op_num_threads = 1
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # onnxruntime's own exceptions have no common public base

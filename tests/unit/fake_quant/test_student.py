@@ -1,0 +1,248 @@
+"""A student rounded as its INT8 file is: the same places, the same answers, what it learned in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+from torch.nn import functional as F
+
+from kdcompress.bundle import Preprocess
+from kdcompress.errors import InputError
+from kdcompress.export.onnx import write_onnx
+from kdcompress.fake_quant import learned_model, learned_ranges, prepare_student
+from kdcompress.models import build_network
+from kdcompress.networks import Student
+from kdcompress.profiles import PROFILES, get_profile
+from kdcompress.quantize.int8 import quantize_model
+from kdcompress.runtimes.onnxruntime_runtime import open_session
+from tests.unit.deployed import digits, onnx_bundle, trained_student
+
+ORT = [name for name, profile in PROFILES.items() if "int8" in profile.precisions]
+
+
+def exported() -> Any:
+    return onnx.load(onnx_bundle().model_path)
+
+
+def quantized(name: str = "ort-x86", **options: Any) -> Any:
+    arguments = {"reduce_range": False} | options
+    return quantize_model(onnx_bundle().model_path, digits()[0][:100], get_profile(name), **arguments)
+
+
+def rounded(**options: Any) -> Student:
+    arguments = {"reduce_range": False} | options
+    return prepare_student(trained_student(), exported(), quantized(**options), **arguments)
+
+
+def answers(model: Any, images: torch.Tensor, folder: Path, *, as_written: bool) -> torch.Tensor:
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    session = open_session(folder / "model.onnx", as_written=as_written)
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def pairs(model: Any) -> dict[str, tuple[np.float32, int]]:
+    """Tensor → scale and zero point of the QuantizeLinear behind it, of all that are no weights."""
+    constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] not in constants]
+    return {node.input[0]: (constants[node.input[1]][()], int(constants[node.input[2]])) for node in nodes}
+
+
+def trained(student: Student, steps: int = 6) -> Student:
+    images, labels = digits()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+    student.train()
+    for step in range(steps):
+        optimizer.zero_grad()
+        batch = slice(64 * step, 64 * step + 64)
+        torch.nn.functional.cross_entropy(student(images[batch]).logits, labels[batch]).backward()
+        optimizer.step()
+    return student.eval()
+
+
+@pytest.mark.parametrize("name", ORT)
+def test_it_is_rounded_where_the_file_is_and_answers_as_it_does(name: str, tmp_path: Path) -> None:
+    model, images = quantized(name), digits()[0][1200:]
+    student = prepare_student(trained_student(), exported(), model).eval()
+    assert learned_ranges(student) == {tensor: (float(s), z) for tensor, (s, z) in pairs(model).items()}
+    with torch.no_grad():
+        mine = student(images).logits
+    # TensorRT and OpenVINO take the graph as it is written; ONNX Runtime is asked to as well.
+    theirs = answers(model, images, tmp_path, as_written=PROFILES[name].runtime != "onnxruntime")
+    assert float((mine.argmax(1) == theirs.argmax(1)).double().mean()) >= 0.998
+    assert float((mine - theirs).abs().mean()) < 2e-3
+    plain = answers(exported(), images, tmp_path, as_written=True)
+    assert float((mine - plain).abs().mean()) > 0.02, "it is rounded at all"
+
+
+@pytest.mark.parametrize(
+    ("name", "reduce_range"), [("ort-x86", False), ("ort-x86", True), ("ort-arm", False), ("trt11", False)]
+)
+def test_what_was_learned_is_in_the_file_bit_for_bit(name: str, reduce_range: bool, tmp_path: Path) -> None:
+    before = quantized(name, reduce_range=reduce_range)
+    student = trained(prepare_student(trained_student(), exported(), before, reduce_range=reduce_range))
+    ranges = learned_ranges(student)
+    file = tmp_path / "learned.onnx"
+    file.write_bytes(learned_model(student, exported()).SerializeToString())
+    after = quantize_model(file, digits()[0][:100], get_profile(name), reduce_range=reduce_range, ranges=ranges)
+
+    assert {tensor: (float(s), z) for tensor, (s, z) in pairs(after).items()} == ranges
+    old = pairs(before)
+    assert sum(float(old[tensor][0]) != scale for tensor, (scale, _) in ranges.items()) > len(ranges) / 2, "learned"
+    assert all(old[tensor][1] == zero_point for tensor, (_, zero_point) in ranges.items()), "zero points stay"
+    kinds = [[(node.op_type, *node.input, *node.output) for node in model.graph.node] for model in (before, after)]
+    assert kinds[0] == kinds[1], "the places are the same after the training"
+
+    images = digits()[0][1200:]
+    with torch.no_grad():
+        mine = student(images).logits
+    theirs = answers(after, images, tmp_path, as_written=not name.startswith("ort"))
+    assert float((mine.argmax(1) == theirs.argmax(1)).double().mean()) >= 0.995
+
+
+def test_every_weight_and_scale_is_learned_and_nothing_else_moves() -> None:
+    student = rounded()
+    start = {name: value.clone() for name, value in student.state_dict().items()}
+    trained(student, steps=2)
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, start[name])}
+    names = {name for name, _ in student.named_parameters()}
+    assert start.keys() == names
+    again = {name for name in names if "round pad" in name}  # what a shortcut selects is in whole steps already
+    assert len(again) == 2
+    assert moved | again == names
+    layers = sum(isinstance(module, torch.nn.Conv2d | torch.nn.Linear) for module in trained_student().modules())
+    assert sum(name.endswith(".weight") for name in names) == layers, "a shortcut that only selects channels is none"
+    scales = {node.input[1] for node in quantized().graph.node if node.op_type == "QuantizeLinear"}
+    assert sum(name.endswith(".scale") for name in names) == len(scales)
+
+
+def test_its_feature_maps_are_the_students() -> None:
+    images = digits()[0][:8]
+    student, source = rounded().eval(), trained_student()
+    assert student.feature_shapes == source.feature_shapes
+    with torch.no_grad():
+        mine, theirs = student(images).features, source(images).features
+    for name, value in theirs.items():
+        difference = (mine[name] - value).square().mean() / value.square().mean()
+        assert 0 < difference < 0.02, name
+
+
+def test_the_classifier_is_known_apart_from_the_backbone() -> None:
+    student = rounded()
+    assert sum(1 for _ in student.parameters()) - sum(1 for _ in student.backbone_parameters()) == 2
+
+
+def test_a_copy_learns_for_itself() -> None:
+    student = rounded()
+    copy = student.frozen_copy("itself")
+    images = digits()[0][:16]
+    before = copy.predict(images)
+    trained(student, steps=3)
+    assert torch.equal(copy.predict(images), before)
+    assert not torch.equal(student.eval()(images).logits, before)
+
+
+def test_it_works_under_autocast() -> None:
+    images = digits()[0][:32]
+    student = rounded()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = student(images).logits
+    logits.float().square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in student.parameters())
+
+
+class Mixed(nn.Module):
+    """What the digits' resnet8 has not: ReLU6, hard swish, squeeze and excitation, a split, a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.Hardswish())
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.linear = nn.Sequential(nn.Linear(12, 16), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(16, 5))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        stem = self.stem(images)
+        deep = self.deep(stem)
+        gate = F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(deep, 1)))))
+        one, other = (stem + deep * gate).chunk(2, dim=1)
+        joined = torch.cat([F.max_pool2d(one, 2), F.avg_pool2d(other, 2), F.max_pool2d(F.silu(one), 2)], dim=1)
+        logits: torch.Tensor = self.linear(joined.mean((2, 3)))
+        return logits
+
+
+def wrapped(network: nn.Module, size: int, stages: tuple[str, ...] | None = None) -> Student:
+    """A student whose batch norms have seen images, so that folding them does something."""
+    preprocess = Preprocess(3, size, size, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
+    student = Student(network, preprocess, arch="x", arch_args={}, num_classes=5, in_channels=3, stages=stages)
+    student.train()
+    with torch.no_grad():
+        for seed in range(3):
+            student(torch.rand(16, 3, size, size, generator=torch.Generator().manual_seed(seed)))
+    return student.eval()
+
+
+def check(student: Student, folder: Path) -> None:
+    """It computes what its INT8 file says, and every weight gets a gradient."""
+    shape = student.preprocess.image_shape
+    images = torch.rand(24, *shape, generator=torch.Generator().manual_seed(9))
+    profile = get_profile("ort-x86")
+    write_onnx(student.deployable(), shape, folder / "fp32.onnx", opset=profile.opset, metadata={})
+    model = quantize_model(folder / "fp32.onnx", images, profile, reduce_range=False)
+    same = prepare_student(student, onnx.load(folder / "fp32.onnx"), model).eval()
+    assert same.feature_shapes == student.feature_shapes
+    with torch.no_grad():
+        mine = same(images).logits
+    theirs = answers(model, images, folder, as_written=True)
+    assert float((mine - theirs).abs().max()) <= 0.05 * float(theirs.abs().max())
+    same.train()(images).logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in same.parameters())
+
+
+def test_many_layers_of_many_kinds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check(wrapped(Mixed(), 16, ("stem", "deep")), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("resnet20", "vgg8", "dscnn", "mobilenet_v2", "mobilenet_v3_small", "torchvision/resnet18", "mnasnet0_5"),
+        *("shufflenet_v2_x0_5", "squeezenet1_1", "densenet121", "efficientnet_b0", "regnet_y_400mf", "googlenet"),
+        *("timm/resnet10t", "timm/mobilenetv4_conv_small", "timm/efficientnet_lite0", "timm/repvgg_a0"),
+    ],
+)
+def test_networks_of_the_zoo(arch: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check(wrapped(build_network(arch, num_classes=5, in_channels=3, image_size=64), 64), tmp_path)
+
+
+def test_a_layer_that_cannot_be_trained_is_named_in_one_line() -> None:
+    model = quantized()
+    next(node for node in model.graph.node if node.op_type == "Reshape").op_type = "Compress"
+    with pytest.raises(InputError, match="is a Compress, which cannot be trained in its exported form") as caught:
+        prepare_student(trained_student(), exported(), model)
+    assert "\n" not in caught.value.what
+
+
+def test_the_file_of_another_student_is_refused() -> None:
+    with pytest.raises(InputError, match="resnet8 cannot be trained in its exported form"):
+        prepare_student(
+            Student(
+                build_network("resnet8", num_classes=10, in_channels=1, image_size=8),
+                trained_student().preprocess,
+                arch="resnet8",
+                arch_args={},
+                num_classes=10,
+                in_channels=1,
+            ),
+            exported(),
+            quantized(),
+        )
