@@ -173,7 +173,7 @@ def write(
     made = quantize_model(file, plan.calibration, plan.profile, reduce_range=plan.reduce_range, ranges=ranges)
     file.write_bytes(made.SerializeToString(deterministic=True))
     session = open_session(file, as_written=plan.profile.runtime != "onnxruntime")
-    predictor = OnnxPredictor(session, plan.exported.preprocess)
+    predictor = OnnxPredictor(session, plan.exported.preprocess, plan.exported.interface)
     images = torch.cat([plan.calibration, _load(parts.splits.val, COMPARED_IMAGES - len(plan.calibration))])
     with torch.no_grad():
         batches = torch.split(images, _BATCH)
@@ -291,7 +291,7 @@ def _tell(plan: Plan, bundle: Bundle, parts: Parts, speak: Console) -> None:
         before.write_bytes(plan.quantized.SerializeToString(deterministic=True))
         correct = {}
         for name, file in (("fp32", plan.exported.model_path), ("before", before), ("after", bundle.model_path)):
-            predictor = OnnxPredictor(open_session(file), bundle.preprocess)
+            predictor = OnnxPredictor(open_session(file), bundle.preprocess, bundle.interface)
             logits, labels = predict_all(predictor, eval_batches(splits.val, len(splits.classes)))
             correct[name] = logits.argmax(1) == labels
     top1 = {name: f"{float(right.double().mean()):.2%}" for name, right in correct.items()}
