@@ -33,8 +33,8 @@ from kdcompress.files import atomic_folder, require_empty
 from kdcompress.networks import Student
 from kdcompress.pipeline._answers import open_answers
 from kdcompress.pipeline._parts import Parts, prepare
+from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
-from kdcompress.pipeline.deploy import VERIFIED_IMAGES, choose_profile
 from kdcompress.pipeline.distill import require_unchanged, run_training
 from kdcompress.profiles import Profile, instruction_sets
 from kdcompress.quantize import find_quantizer
@@ -104,6 +104,8 @@ def quantize_aware(
     speak, chosen, run = console(), choose_profile(profile), _find_run(source)
     folder = RunFolder(run.path / FOLDER / chosen.name)
     if resume:
+        if not (folder.path / RECIPE_FILE).is_file():
+            raise InputError(f"there is no training to resume in {folder.path}", where="--resume", fix="leave it out")
         require_unchanged(folder.recipe, {}, overrides, None)
         asked = _from_its_student(folder.recipe, run)
     else:

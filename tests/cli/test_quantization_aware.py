@@ -1,0 +1,106 @@
+"""`quantize --qat` as its user walks it, on the digits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+import yaml
+from onnx import numpy_helper
+
+from tests.cli.conftest import Shop
+
+
+@pytest.fixture(scope="module")
+def run(shop: Shop) -> Path:
+    """A copy of the student's run, and what was said when it was trained on."""
+    folder = shop.folder / "rounded"
+    shutil.copytree(shop.folder / "run", folder)
+    said = shop.must("quantize", "rounded", "--for", "ort-x86")
+    said = shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "train.epochs=3")
+    assert "rounded/onnx-int8-ort-x86-qat" in said
+    assert "INT8 without training" in said
+    return folder
+
+
+def test_the_run_holds_both_files_and_the_training(shop: Shop, run: Path) -> None:
+    assert {"onnx-int8-ort-x86", "onnx-int8-ort-x86-qat", "qat", "student"} <= {path.name for path in run.iterdir()}
+    training = run / "qat" / "ort-x86"
+    assert {path.name for path in training.iterdir()} == {
+        "recipe.yaml",
+        "run.json",
+        "log.jsonl",
+        "last.pt",
+        "onnx-fp32",
+    }
+    recipe, before = (yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in (training, run))
+    assert recipe["train"]["epochs"] == 3
+    assert recipe["train"]["lr"] == pytest.approx(before["train"]["lr"] / 10)
+    assert {key: recipe[key] for key in ("data", "teachers", "method", "seed")} == {
+        key: before[key] for key in ("data", "teachers", "method", "seed")
+    }
+    events = [json.loads(line) for line in (training / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2, 3]
+
+
+def test_the_provenance_tells_of_the_training_and_of_the_agreement(run: Path) -> None:
+    bundle = json.loads((run / "onnx-int8-ort-x86-qat" / "bundle.json").read_text(encoding="utf-8"))
+    steps = {step["step"]: step for step in bundle["provenance"]}
+    assert list(steps) == ["distill", "export-onnx", "distill-quantized", "quantize-int8"]
+    assert steps["distill-quantized"]["agreement"]["value"] >= 0.995
+    assert steps["quantize-int8"]["learned_ranges"] == steps["distill-quantized"]["learned_ranges"] > 5
+
+
+def test_the_ranges_were_learned_at_the_same_places(run: Path) -> None:
+    found = []
+    for name in ("onnx-int8-ort-x86-qat", "qat/ort-x86/onnx-fp32"):
+        graph = onnx.load(run / name / "model.onnx").graph
+        found.append({item.name: numpy_helper.to_array(item) for item in graph.initializer})
+    learned, fp32 = found
+    assert any(name.endswith("_scale") for name in learned)
+    assert not any(name.endswith("_scale") for name in fp32)
+
+
+def test_the_report_lists_both(shop: Shop, run: Path) -> None:
+    shop.must("report", "rounded", "--batch-sizes", "1", "--restarts", "1")
+    rows = {row["name"] for row in json.loads((run / "report.json").read_text(encoding="utf-8"))["rows"]}
+    assert {"onnx-int8-ort-x86", "onnx-int8-ort-x86-qat"} <= rows
+
+
+def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Shop, run: Path) -> None:
+    folder = run / "qat" / "ort-x86"
+    weights = (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes()
+    shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "train.epochs=3")
+    assert (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes() == weights, "the same from the same"
+    shutil.rmtree(folder / "onnx-fp32")  # as if it had been stopped at the end
+    refused = shop.run("quantize", "--qat", "rounded", "--for", "ort-x86")
+    assert refused.code == 2
+    assert "holds a training that was stopped" in refused.err
+    changed = shop.run("quantize", "--qat", "rounded", "--for", "ort-x86", "--resume", "train.epochs=4")
+    assert changed.code == 2
+    assert "train.epochs: 3 → 4" in changed.err
+    shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "--resume")
+    assert (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--qat", "run/student"), "it has no teachers to learn from"),
+        (("--qat", "run", "data.limit=50"), "data.limit is the run's"),
+        (("--qat", "run", "--fp16"), "--qat is for INT8"),
+        (("--qat", "run", "--data", "digits"), "on the run's own images"),
+        (("--qat", "a/model.pt"), "is not a run"),
+        (("--qat", "run", "--resume"), "there is no training to resume"),
+        (("run", "train.epochs=3"), "belong to --qat"),
+    ],
+)
+def test_what_is_refused(shop: Shop, words: tuple[str, ...], told: str) -> None:
+    done = shop.run("quantize", *words)
+    assert done.code == 2
+    assert told in done.err
+    assert "Traceback" not in done.err
+    assert not (shop.folder / "run" / "qat").exists()
