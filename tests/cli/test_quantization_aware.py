@@ -19,7 +19,7 @@ def run(shop: Shop) -> Path:
     """A copy of the student's run, and what was said when it was trained on."""
     folder = shop.folder / "rounded"
     shutil.copytree(shop.folder / "run", folder)
-    said = shop.must("quantize", "rounded", "--for", "ort-x86")
+    shop.must("quantize", "rounded", "--for", "ort-x86", "--restarts", "0", "--force")
     said = shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "train.epochs=3")
     assert "rounded/onnx-int8-ort-x86-qat" in said
     assert "INT8 without training" in said
@@ -91,8 +91,8 @@ def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Sho
     [
         (("--qat", "run/student"), "it has no teachers to learn from"),
         (("--qat", "run", "data.limit=50"), "data.limit is the run's"),
-        (("--qat", "run", "--fp16"), "--qat is for INT8"),
-        (("--qat", "run", "--data", "digits"), "on the run's own images"),
+        (("--qat", "run", "--fp16"), "--qat does not go with --fp16"),
+        (("--qat", "run", "--max-drop", "1"), "--qat does not go with --max-drop"),
         (("--qat", "a/model.pt"), "is not a run"),
         (("--qat", "run", "--resume"), "there is no training to resume"),
         (("run", "train.epochs=3"), "belong to --qat"),
