@@ -34,8 +34,8 @@ from kdcompress.networks import Student
 from kdcompress.pipeline._answers import open_answers
 from kdcompress.pipeline._parts import Parts, prepare
 from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile
+from kdcompress.pipeline._training import require_unchanged, run_training
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
-from kdcompress.pipeline.distill import require_unchanged, run_training
 from kdcompress.profiles import Profile, instruction_sets
 from kdcompress.quantize import find_quantizer
 from kdcompress.quantize.int8 import quantize_model
