@@ -54,6 +54,7 @@ from kdcompress.report import (
 
 SEEDS = 8
 """Runs of each method, where nothing else is asked for."""
+QUIET = Console(quiet=True)
 PASSES = 3
 """Forward passes that a training step of the student is worth: one forward, and a backward of twice its work."""
 
@@ -88,7 +89,7 @@ def compare(
     Raises:
         KdcompressError: see `errors`; nothing is written before every method has been built once.
     """
-    speak, quiet = console(), Console(quiet=True)
+    speak = console()
     command = {
         "methods": list(methods),
         "trials": trials,
@@ -103,19 +104,13 @@ def compare(
         materials = open_materials(plan.contenders[0].recipe, speak)
         if materials.splits.digest != plan.data_digest:
             raise InputError("the data is not what the comparison began with", where=str(folder), fix="the same data")
-        parts = prepare_all(plan.contenders, quiet, materials, offline)
+        parts = prepare_all(plan.contenders, materials, offline)
     else:
         if out is not None:
             require_empty(out)
-        contenders = read_contenders(methods, changes, overrides, recipe)
-        materials = open_materials(contenders[0].recipe, speak)
-        contenders = tuple(replace(one, recipe=whole(one, materials)) for one in contenders)
-        reference = prepare(contenders[0].recipe, quiet, offline=offline, materials=materials).recipe
-        contenders = tuple(executed_like(one, reference) for one in contenders)
-        parts = prepare_all(contenders, quiet, materials, offline)
-        baseline = next(one for one in contenders if one.name == SUPERVISED)
-        epochs = equal_compute_epochs(parts[SUPERVISED])
-        contenders = (*contenders[:2], with_epochs(baseline, EQUAL_COMPUTE, epochs), *contenders[2:])
+        asked = read_contenders(methods, changes, overrides, recipe)
+        materials = open_materials(asked[0].recipe, speak)
+        contenders, parts = settle(asked, materials, offline)
         plan = Plan(command, seeds or SEEDS, trials or 1, materials.splits.digest, contenders)
         folder = RunFolder.create(out, "compare").path
     plan.write(folder)
@@ -135,16 +130,15 @@ def compare(
         judged_on = "holdout"
     designs = {name: design(find_knobs(one.recipe, one.methods[0]), plan.trials) for name, one in parts.items()}
     del parts
-    tuned = [one for one in plan.contenders if one.name != EQUAL_COMPUTE] if plan.trials > 1 else []
-    tries = {one.name: tuning_runs(folder, one, designs[one.name]) for one in tuned}
-    trying = [run for settings in tries.values() for group in settings for run in group]
+    tries = plan_trials(plan, folder, designs)
+    trying = [run for groups in tries.values() for group in groups for run in group]
     everything = [*trying, *counting_runs(plan, folder, {})]
     carry_out_all(train, trying, everything, materials, speak, offline, may_diverge=True)
-    trials_of = {
+    tried = {
         name: [judge_trial(s, g, judged_on, materials.splits) for s, g in zip(designs[name], groups, strict=True)]
         for name, groups in tries.items()
     }
-    chosen = {name: best_setting(found) for name, found in trials_of.items()}
+    chosen = {name: best_setting(found) for name, found in tried.items()}
     for name, setting in chosen.items():
         speak.print(f"{name}: {shown_setting(setting)} is best on {judged_on}")
     chosen[EQUAL_COMPUTE] = chosen.get(SUPERVISED, {})
@@ -158,7 +152,7 @@ def compare(
             MethodRuns(
                 one.name,
                 with_setting(one.recipe, chosen.get(one.name, {})).model_dump(mode="json"),
-                trials_of.get(one.name, ()),
+                tried.get(one.name, ()),
                 chosen.get(one.name, {}),
                 [found[run.path] for run in runs if run.method == one.name],
             )
@@ -186,6 +180,23 @@ def compare(
     return comparison
 
 
+def settle(
+    asked: Sequence[Contender], materials: Materials, offline: bool
+) -> tuple[tuple[Contender, ...], dict[str, Parts]]:
+    """The contenders with everything decided that this machine or the files decide, and labels alone at equal compute.
+
+    Returns:
+        All contenders, and the parts of those that were asked for.
+    """
+    contenders = tuple(replace(one, recipe=whole(one, materials)) for one in asked)
+    reference = prepare(contenders[0].recipe, QUIET, offline=offline, materials=materials).recipe
+    contenders = tuple(executed_like(one, reference) for one in contenders)
+    parts = prepare_all(contenders, materials, offline)
+    reference_row, baseline, *others = contenders
+    equal = with_epochs(baseline, EQUAL_COMPUTE, equal_compute_epochs(parts[SUPERVISED]))
+    return (reference_row, baseline, equal, *others), parts
+
+
 def whole(contender: Contender, materials: Materials) -> Recipe:
     """Its recipe with everything said that opening the images and teachers has found out."""
     asked = contender.recipe
@@ -203,9 +214,7 @@ def executed_like(contender: Contender, found: Recipe) -> Contender:
     return replace(contender, recipe=contender.recipe.model_copy(update=changes))
 
 
-def prepare_all(
-    contenders: Sequence[Contender], quiet: Console, materials: Materials, offline: bool
-) -> dict[str, Parts]:
+def prepare_all(contenders: Sequence[Contender], materials: Materials, offline: bool) -> dict[str, Parts]:
     """Builds every method once, so that what is wrong with one is known before anything runs.
 
     Raises:
@@ -214,7 +223,7 @@ def prepare_all(
     parts = {}
     for one in contenders:
         try:
-            parts[one.name] = prepare(one.recipe, quiet, offline=offline, materials=materials)
+            parts[one.name] = prepare(one.recipe, QUIET, offline=offline, materials=materials)
         except InputError as error:
             error.what = f"{one.name}: {error.what}"
             raise
@@ -257,6 +266,17 @@ def comparison_notes(plan: Plan, parts: Mapping[str, Parts]) -> tuple[str, ...]:
     return (*notes, *(note for note in known if "asks no teachers" not in note))
 
 
+def plan_trials(
+    plan: Plan, folder: Path, designs: Mapping[str, Sequence[Setting]]
+) -> dict[str, list[list[PlannedRun]]]:
+    """For every method and setting the trainings that try it; nothing where one setting is all there is."""
+    if plan.trials == 1:
+        return {}
+    return {
+        one.name: tuning_runs(folder, one, designs[one.name]) for one in plan.contenders if one.name != EQUAL_COMPUTE
+    }
+
+
 def counting_runs(plan: Plan, folder: Path, settings: Mapping[str, Setting]) -> list[PlannedRun]:
     """The trainings that count: all methods at the first seed, then all at the next, so that neighbours compare."""
     return [
@@ -290,7 +310,6 @@ def carry_out_all(
     Raises:
         KdcompressError: a training failed or was stopped.
     """
-    quiet = Console(quiet=True)
     numbers = {run.path: number for number, run in enumerate(everything, start=1)}
     for run in runs:
         if run.is_finished:
@@ -300,7 +319,7 @@ def carry_out_all(
         stopped = RunFolder(run.path) if (run.path / RECIPE_FILE).is_file() else None
         asked = stopped.recipe if stopped else run.recipe
         try:
-            train(asked, run.path, quiet, stopped=stopped, offline=offline, materials=materials, display=display)
+            train(asked, run.path, QUIET, stopped=stopped, offline=offline, materials=materials, display=display)
         except NonFiniteError as error:
             if not may_diverge:
                 raise
