@@ -17,7 +17,8 @@ import pytest
 from tests.cli.command import ENVIRONMENT
 from tests.cli.conftest import Shop
 
-WORDS = ("data.limit=300", "train.batch_size=64", "train.precision=fp32", "train.compile=false")
+WORDS = ("data.limit=300", "train.batch_size=64")
+PLAIN = tuple(f"{section}.{key}" for section in ("train", "ensemble") for key in ("precision=fp32", "compile=false"))
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, s
 
 def distil(shop: Shop) -> tuple[object, ...]:
     teachers = (shop.folder / "a" / "model.pt", shop.folder / "b" / "model.pt")
-    return ("distill", "--teachers", *teachers, "--student", "resnet8", "--out", "run", *WORDS)
+    return ("distill", "--teachers", *teachers, "--student", "resnet8", "--out", "run", *WORDS, *PLAIN)
 
 
 def lines_of(run: Path, event: str) -> list[dict[str, object]]:
