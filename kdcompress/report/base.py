@@ -298,7 +298,7 @@ def _findings(
             place = f" on {row.gate.measured_on}" if row.gate.measured_on else ""
             told = f"{row.name} is {advice} by the gate ({row.gate.answer}{place})"
             sentences.append(f"{told}. {' '.join(row.gate.reasons)}")
-        elif row.precision == "int8":
+        if row.precision == "int8" and (row.gate is None or not row.gate.measured_on):
             rivals = [other for other in rows if other.format == row.format and other.precision == "fp32"]
             sentences += [_int8_sentence(row, rivals[0], entry.batch_size) for entry in row.latency if rivals]
     if teachers_saw_val:
