@@ -108,9 +108,7 @@ def convert_to_fp16(
         f"(the largest is {largest})"
     )
     if kept:
-        speak.print(
-            f"note: {len(kept)} operators stay float32, their numbers come near the largest of fp16: {kept[0]} …"
-        )
+        speak.print(f"note: {len(kept)} operators stay float32, fp16 does not hold their numbers: {kept[0]} …")
     if chosen.note:
         speak.print(f"note: {chosen.name} {chosen.note}")
     return made

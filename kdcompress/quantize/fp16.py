@@ -40,6 +40,7 @@ from kdcompress.types import Images
 
 LARGEST = 65504.0
 """The largest number of fp16."""
+_SMALLEST_NORMAL = 2.0**-14
 _ROOM = 8.0
 """Images not seen here may give larger numbers than those measured: by so much."""
 _MEASURED = 64
@@ -166,7 +167,7 @@ def convert(path: Path, images: Images, interface: Interface = PLAIN) -> tuple[A
             model = onnx.load(path)
             if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
                 model = onnx_graph.raise_opset(model, _OPSET_OF_HALF_SCALES)
-            large = too_large(model, largest_values(model, images, interface))
+            large = unfit(model, largest_values(model, images, interface))
             image_names = {value.name for value in model.graph.input}
             sensitive = {
                 node.output[0]
@@ -214,14 +215,23 @@ def largest_values(model: Any, images: Images, interface: Interface = PLAIN) -> 
     return largest
 
 
-def too_large(model: Any, largest: Mapping[str, float]) -> set[str]:
-    """The first outputs of the nodes that read or make numbers too large for fp16; not finite counts as large."""
-    limit = LARGEST / _ROOM
-    return {
-        node.output[0]
-        for node in model.graph.node
-        if any(not largest.get(name, 0.0) <= limit for name in (*node.input, *node.output))
-    }
+def unfit(model: Any, largest: Mapping[str, float]) -> set[str]:
+    """The first outputs of the nodes whose numbers fp16 does not hold.
+
+    They read or make numbers too large, or not finite, or read a constant that is below fp16's normal numbers as a
+    whole, such as the small factor on a residual branch.
+
+    Args:
+        model: an `onnx.ModelProto` in float32.
+        largest: tensor → the largest magnitude it has.
+    """
+    constants = {item.name for item in model.graph.initializer}
+
+    def held(name: str) -> bool:
+        size = largest.get(name, 0.0)
+        return size <= LARGEST / _ROOM and not (name in constants and 0 < size < _SMALLEST_NORMAL)
+
+    return {node.output[0] for node in model.graph.node if not all(map(held, (*node.input, *node.output)))}
 
 
 def to_half(model: Any, keep: Set[str]) -> None:

@@ -105,6 +105,19 @@ def test_an_operator_with_numbers_too_large_stays_float32(tmp_path: Path) -> Non
     np.testing.assert_allclose(ask(small), 0.05 * IMAGES, rtol=3e-3, atol=1e-5)
 
 
+def test_an_operator_with_a_constant_too_small_stays_float32(tmp_path: Path) -> None:
+    """As the factor on ConvNeXt's residual branches, 10⁻⁶ at the start."""
+    nodes = [
+        helper.make_node("Conv", ["images", "w"], ["a"], name="conv"),
+        helper.make_node("Mul", ["a", "factor"], ["logits"], name="scale"),
+    ]
+    constants = {"w": np.ones((1, 1, 1, 1), np.float32), "factor": np.full((1, 1, 1), 1e-6, np.float32)}
+    model, kept = convert(written(tmp_path, nodes, constants), IMAGES)
+    assert kept == ["logits"]
+    assert kinds(model) == ["Cast", "Conv", "Cast", "Mul"]
+    np.testing.assert_allclose(ask(model), IMAGES * 1e-6, rtol=1e-3)
+
+
 def test_the_largest_numbers_are_those_of_all_images(tmp_path: Path) -> None:
     path = written(tmp_path, [helper.make_node("Mul", ["images", "c"], ["logits"], name="m")], {"c": np.float32(-3)})
     images = torch.cat([torch.zeros(40, 1, 4, 4), torch.full((1, 1, 4, 4), 0.5)])
