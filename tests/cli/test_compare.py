@@ -53,8 +53,11 @@ def read(folder: Path) -> dict[str, Any]:
 def test_the_rest_is_done(finished: tuple[Path, str]) -> None:
     _, said = finished
     trainings = [line for line in said.splitlines() if line.startswith("training ")]
-    assert [line.split(" · ")[1] for line in trainings] == [f"{row} seed {seed}" for seed in (0, 1) for row in ROWS][1:]
-    assert all(line.startswith(f"training {number} of 6") for number, line in enumerate(trainings, start=2))
+    begun = 6 - len(trainings)
+    assert begun in (1, 2), "the second one may have got to its end before it was killed"
+    expected = [f"{row} seed {seed}" for seed in (0, 1) for row in ROWS]
+    assert [line.split(" · ")[1] for line in trainings] == expected[begun:]
+    assert all(line.startswith(f"training {n} of 6") for n, line in enumerate(trainings, start=begun + 1))
     assert " left" in trainings[0]
     assert "no teacher is asked" in said
 
