@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 from torch import nn
 
@@ -54,14 +55,21 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
-def compiled(network: nn.Module) -> Callable[..., Any]:
-    """The forward pass of a network that is trained, compiled; one kernel for each size of batch.
+_MOST_COMPILED = 64
 
-    A term's gradient is measured on the graph that is then differentiated (`balance`), so the graph has to outlive a
-    backward pass: its buffers may not be given to the first one.
+
+def compiled(network: nn.Module, *, frozen: bool = False) -> Callable[..., Any]:
+    """The forward pass of a network, compiled; one kernel for each size of batch.
+
+    Args:
+        network: in training, a term's gradient is measured on the graph that is then differentiated (`balance`), so
+            the graph has to outlive a backward pass: its buffers may not be given to the first one.
+        frozen: its weights never change, so they may be laid out for the kernels once.
     """
     torch._functorch.config.donated_buffer = False
-    forward: Callable[..., Any] = torch.compile(network, dynamic=False)
+    # Teachers share a forward method, and each counts as a new version of it.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_COMPILED)
+    forward: Callable[..., Any] = torch.compile(network, dynamic=False, options={"freezing": True} if frozen else None)
     return forward
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdcompress.data import keyed_hash
-from kdcompress.execution import DTYPES, PLAIN, Execution
+from kdcompress.execution import DTYPES, PLAIN, Execution, compiled
 from kdcompress.folding import fold_batch_norm
 from kdcompress.losses import global_average
 from kdcompress.networks import Teacher, TeacherEnsemble, feature_forms
@@ -71,14 +71,10 @@ class LiveTeachers:
         self.num_teachers = len(ensemble.teachers)
         self._forms = tuple(feature_forms(tuple(one.feature_shapes), features) for one in ensemble.teachers)
         prepared = [prepare_teacher(one, execution) for one in ensemble.teachers]
+        wanted = [_Wanted(one, forms) for one, forms in zip(prepared, self._forms, strict=True)]
         self._asked: list[Callable[[Images], Outputs]] = [
-            _Wanted(one, forms) for one, forms in zip(prepared, self._forms, strict=True)
+            self._in_blocks(compiled(one, frozen=True)) if execution.compiled else one for one in wanted
         ]
-        if execution.compiled:
-            # "freezing": the weights never change, so they may be laid out for the kernels once.
-            self._asked = [
-                self._in_blocks(torch.compile(one, dynamic=False, options={"freezing": True})) for one in self._asked
-            ]
 
     def __call__(self, batch: Batch) -> EnsembleOutputs:
         """What each teacher, or the one drawn, says of a batch, in fp32."""
