@@ -115,8 +115,7 @@ def command(
         from kdcompress.cli._grammar import is_override
         from kdcompress.pipeline.quantization_aware import quantize_aware
 
-        if foreign := _given(click.get_current_context()) - _WITH_QAT:
-            raise InputError(f"--qat does not go with --{min(foreign).replace('_', '-')}", fix="leave it out")
+        _require_only(_WITH_QAT, "--qat")
         if source is not None and is_override(str(source)) and not source.exists():
             source, overrides = None, (str(source), *overrides)
         quantize_aware(source, overrides, profile=profile, out=out, resume=resume, offline=offline)
@@ -124,6 +123,7 @@ def command(
     if overrides or resume or offline:
         raise InputError("KEY=VALUE, --resume and --offline belong to --qat", fix="add --qat")
     if fp16:
+        _require_only(_WITH_FP16, "--fp16")
         convert_to_fp16(source, profile=profile, data=data, out=out, autocast=autocast)
         return
     quantize(
@@ -142,9 +142,14 @@ def command(
 
 
 _WITH_QAT = {"source", "overrides", "int8", "profile", "qat", "resume", "offline", "out"}
+_WITH_FP16 = {"source", "overrides", "fp16", "autocast", "profile", "data", "mean", "std", "out"}
 
 
-def _given(ctx: click.Context) -> set[str]:
-    """The options and arguments that stand on the command line."""
-    typed = click.core.ParameterSource.COMMANDLINE
-    return {name for name in ctx.params if ctx.get_parameter_source(name) is typed}
+def _require_only(allowed: set[str], flag: str) -> None:
+    """Refuses options on the command line that `flag` would leave without effect."""
+    from kdcompress.errors import InputError
+
+    context, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    given = {name for name in context.params if context.get_parameter_source(name) is typed}
+    if foreign := given - allowed:
+        raise InputError(f"{flag} does not go with --{min(foreign).replace('_', '-')}", fix="leave it out")

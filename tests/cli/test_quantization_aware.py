@@ -93,6 +93,7 @@ def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Sho
         (("--qat", "run", "data.limit=50"), "data.limit is the run's"),
         (("--qat", "run", "--fp16"), "--qat does not go with --fp16"),
         (("--qat", "run", "--max-drop", "1"), "--qat does not go with --max-drop"),
+        (("run", "--fp16", "--max-drop", "1"), "--fp16 does not go with --max-drop"),
         (("--qat", "a/model.pt"), "is not a run"),
         (("--qat", "run", "--resume"), "there is no training to resume"),
         (("run", "train.epochs=3"), "belong to --qat"),
