@@ -126,8 +126,8 @@ class Headroom:
         shown = [self.row(kind) for kind in ("average", "static", "gate", "oracle")]
         figures = [f"{row.name} NLL {row.nll:.4f}, top-1 {row.top1:.2%}" for row in shown if row is not None]
         return (
-            f"weights on {self.n:,} held-out images: {' · '.join(figures)}",
-            f"recommended: {self.recommendation.text}",
+            f"weights read from the teachers' own answers, on {self.n:,} held-out images: {' · '.join(figures)}",
+            f"by these answers recommended: {self.recommendation.text}",
         )
 
 
