@@ -143,8 +143,8 @@ def _diagnose_fitted(figures: Mapping[str, Tensor], shown: str) -> tuple[str, ..
         return ("The teachers are averaged: there are no held-out images to learn weights from (--holdout DIR).",)
     if choice == UNIFORM:
         return (
-            f"Averaging is best for these teachers: no weights that a gate reads from the student do better on held-out "
-            f"images by more than one standard error ({evidence}).",
+            f"Averaging is best for these teachers: no weights that a gate reads from the student do better on "
+            f"held-out images by more than one standard error ({evidence}).",
         )
     if choice == STATIC:
         return (f"One fixed weight per teacher is best for these teachers ({shown}; {evidence}).",)
