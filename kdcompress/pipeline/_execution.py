@@ -107,11 +107,11 @@ def choose_execution(
             )
             execution = Execution("fp32", execution.channels_last, execution.compiled)
             found = compare(ensemble, execution, loader, device)
-        if choice.seconds or choice.note or execution != PLAIN:
-            speak.print(
-                f"teachers: {choice.describe()}; batch norm folded; the same class as before on "
-                f"{found.same_class:.2%} of {found.num_images} images, probabilities {found.probability:.1e} apart"
-            )
+        told = choice.describe() if execution == choice.execution else execution.describe()
+        speak.print(
+            f"teachers: {told}; batch norm folded; the same class as before on "
+            f"{found.same_class:.2%} of {found.num_images} images, probabilities {found.probability:.1e} apart"
+        )
         answers = answers.model_copy(update=_as_keys(execution))
     return as_leader(recipe.model_copy(update={"train": settings, "ensemble": answers}))
 
