@@ -16,43 +16,43 @@ def file(shop: Shop) -> Path:
     """The student's ONNX file on its own, under another name."""
     shutil.copytree(shop.folder / "run", shop.folder / "exported")
     shop.must("export", "exported")
-    return Path(shutil.copy(shop.folder / "exported" / "onnx-fp32" / "model.onnx", shop.folder / "foreign.onnx"))
+    return Path(shutil.copy(shop.folder / "exported" / "onnx-fp32" / "model.onnx", shop.folder / "lonely.onnx"))
 
 
 def test_it_is_as_right_as_the_bundle_that_it_came_from(shop: Shop, file: Path) -> None:
     expected = json.loads(shop.must("evaluate", "exported/onnx-fp32", "--data", "digits", "--json"))
-    found = json.loads(shop.must("evaluate", "foreign.onnx", "--data", "digits", "--json"))
+    found = json.loads(shop.must("evaluate", "lonely.onnx", "--data", "digits", "--json"))
     assert found["top1"] == expected["top1"]
-    assert sorted(path.name for path in shop.folder.glob("foreign*")) == ["foreign.onnx"], "nothing is left"
+    assert sorted(path.name for path in shop.folder.glob("lonely*")) == ["lonely.onnx"], "nothing is left"
 
 
 def test_it_is_quantized_exported_and_reported_beside_itself(shop: Shop, file: Path) -> None:
-    said = shop.must("quantize", "foreign.onnx", "--fp16", "--for", "trt", "--data", "digits")
+    said = shop.must("quantize", "lonely.onnx", "--fp16", "--for", "trt", "--data", "digits")
     assert "images (NCHW) → logits (logits), normalisation taken to be inside the graph" in said
     assert "% of 256 labelled training images" in said
-    shop.must("export", "foreign.onnx", "--data", "digits", "--input", "uint8-nhwc", "--output", "probabilities")
+    shop.must("export", "lonely.onnx", "--data", "digits", "--input", "uint8-nhwc", "--output", "probabilities")
     names = ["onnx-fp16", "onnx-fp32", "onnx-fp32-uint8-nhwc-probabilities"]
-    assert sorted(path.name for path in (shop.folder / "foreign").iterdir()) == names
-    shop.must("report", "foreign.onnx", "--data", "digits", "--restarts", "1", "--batch-sizes", "1")
-    rows = json.loads((shop.folder / "foreign" / "report.json").read_text(encoding="utf-8"))["rows"]
+    assert sorted(path.name for path in (shop.folder / "lonely").iterdir()) == names
+    shop.must("report", "lonely.onnx", "--data", "digits", "--restarts", "1", "--batch-sizes", "1")
+    rows = json.loads((shop.folder / "lonely" / "report.json").read_text(encoding="utf-8"))["rows"]
     assert [row["name"] for row in rows] == ["onnx-fp32", "onnx-fp16", names[2]]
     assert len({round(row["accuracy"]["top1"], 2) for row in rows}) == 1
 
 
 def test_a_wrong_normalisation_shows(shop: Shop, file: Path) -> None:
-    words = ("evaluate", "foreign.onnx", "--data", "digits", "--mean", "300", "--std", "0.001")
+    words = ("evaluate", "lonely.onnx", "--data", "digits", "--mean", "300", "--std", "0.001")
     assert "no better than chance" in shop.must(*words)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("quantize", "foreign.onnx", "--fp16"), "does not say its classes"),
-        (("quantize", "foreign.onnx", "--data", "colours"), "10 classes, the data has 3"),
+        (("quantize", "lonely.onnx", "--fp16"), "does not say its classes"),
+        (("quantize", "lonely.onnx", "--data", "colours"), "10 classes, the data has 3"),
         (("evaluate", "exported/onnx-fp32", "--data", "digits", "--mean", "0", "--std", "1"), "for a bare .onnx file"),
-        (("evaluate", "foreign.onnx", "--data", "digits", "--mean", "x", "--std", "1"), "is not a list of numbers"),
+        (("evaluate", "lonely.onnx", "--data", "digits", "--mean", "x", "--std", "1"), "is not a list of numbers"),
         (("evaluate", "none.onnx", "--data", "digits"), "does not exist"),
-        (("export", "foreign.onnx", "--data", "digits", "--opset", "18"), "stays as it is"),
+        (("export", "lonely.onnx", "--data", "digits", "--opset", "18"), "stays as it is"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(

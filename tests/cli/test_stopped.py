@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def test_ctrl_c_while_latency_is_measured_leaves_no_report(shop: Shop, tmp_path:
     words = ("report", shop.folder / "run", "--out", out, "--restarts", "50", "--batch-sizes", "1,64")
     process = shop.warm.start(*words, folder=tmp_path)
     process.until(lambda: "latency of" in process.out.read_text(encoding="utf-8"))
+    time.sleep(3)  # past the imports, into the 50 restarts
     process.signal(signal.SIGINT)
     done = process.finish()
     assert (done.code, done.error) == (1, "error: interrupted")

@@ -560,8 +560,12 @@ def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
         time.sleep(1)
         return losses
 
-    with pytest.raises(KeyboardInterrupt):
-        train_labels(tmp_path, Failing(3, twice))
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_labels(tmp_path, Failing(3, twice))
+    finally:
+        signal.signal(signal.SIGINT, outside)
     assert load_state(tmp_path / "last.pt")["run"]["step"] == 0
 
 
