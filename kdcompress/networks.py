@@ -369,20 +369,6 @@ class Student(nn.Module):
         return shipped.float().eval().requires_grad_(False)
 
 
-def require_features(network: Teacher | Student, name: str) -> Mapping[str, FeatureShape]:
-    """The shapes of a network's feature maps, for whoever cannot do without.
-
-    Raises:
-        ShapeError: it has none: its layers do not work on maps.
-    """
-    if not network.feature_shapes:
-        raise ShapeError(
-            f"{name} has no feature maps (batch × channels × height × width) to learn from",
-            fix="choose a method that needs none (avg-kd), a convolutional network, or name its stages in the recipe",
-        )
-    return network.feature_shapes
-
-
 def save_student(
     student: Student,
     path: Path,

@@ -54,9 +54,8 @@ def draw_trade_off(tried: Sequence[Mapping[str, Any]]) -> str:
         tried: as for `tried_table`.
     """
     timed = all(entry["speed_up"] is not None for entry in tried)
-    shown = [entry for entry in tried if not timed or entry["speed_up"] is not None]
-    across = [float(entry["speed_up"] if timed else entry["size_mb"]) for entry in shown]
-    up = [100 * float(entry["drop"]["value"]) for entry in shown]
+    across = [float(entry["speed_up"] if timed else entry["size_mb"]) for entry in tried]
+    up = [100 * float(entry["drop"]["value"]) for entry in tried]
     place_x, place_y = _scale(across, _MARGIN, _WIDTH - _MARGIN), _scale(up, _HEIGHT - _MARGIN, _MARGIN)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif"'
@@ -72,11 +71,15 @@ def draw_trade_off(tried: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f'<text x="{place_x(value):.1f}" y="{_HEIGHT - 40}" text-anchor="middle">{value:.2f}</text>')
     for value in (min(up), max(up)):
         parts.append(f'<text x="{_MARGIN - 6}" y="{place_y(value):.1f}" text-anchor="end">{value:+.2f}</text>')
-    for entry, x, y in zip(shown, across, up, strict=True):
+    for entry, x, y in zip(tried, across, up, strict=True):
         scheme = entry["scheme"]
         name = escape(f"{scheme['calibration']}, {scheme['layout']}, {len(scheme['keep'])} in fp32")
         parts.append(f'<circle cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="4" fill="steelblue"/>')
-        parts.append(f'<text x="{place_x(x) + 7:.1f}" y="{place_y(y) - 4:.1f}">{name}</text>')
+        # Inside the picture: to the left of what stands on the right.
+        anchor, aside = ("end", -7) if place_x(x) > _WIDTH / 2 else ("start", 7)
+        parts.append(
+            f'<text x="{place_x(x) + aside:.1f}" y="{place_y(y) - 4:.1f}" text-anchor="{anchor}">{name}</text>'
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 

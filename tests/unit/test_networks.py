@@ -26,7 +26,6 @@ from kdcompress.networks import (
     feature_forms,
     load_student,
     log_mean_probability,
-    require_features,
     save_student,
 )
 from kdcompress.teachers import save_checkpoint
@@ -180,14 +179,12 @@ def test_file_that_does_not_state_its_normalisation(tmp_path: Path) -> None:
     assert measured.preprocess.mean == measured.preprocessing_fit.mean
 
 
-def test_networks_without_maps_say_so_only_when_asked() -> None:
+def test_networks_without_maps_have_none() -> None:
     shape = Preprocess(3, 32, 32, (0.5,) * 3, (0.5,) * 3)
     one = teacher("vit_b_32", preprocess=shape)
     assert one(torch.rand(1, 3, 32, 32)).features == {}
     assert one.head is None
-    with pytest.raises(ShapeError, match="vit_b_32 has no feature maps"):
-        require_features(one, one.name)
-    assert require_features(teacher(), "resnet8") == teacher().feature_shapes
+    assert one.feature_shapes == {}
 
 
 def test_student_trains_and_its_head_is_no_backbone() -> None:
