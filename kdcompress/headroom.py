@@ -2,7 +2,7 @@
 
 Each row of the table is a way to weigh the teachers for each image; its prediction is Σ_t w_t(x) p_t(c | x) at
 temperature 1. What is fitted or chosen is so without the images it is judged on: cross-fitted over stratified folds, by
-the fit of `weightings.heldout_gate`. A choice is recommended over a simpler one only where it lowers the held-out NLL
+the fit of `crossfit`. A choice is recommended over a simpler one only where it lowers the held-out NLL
 by more than one standard error of the mean paired difference.
 """
 
@@ -17,16 +17,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kdcompress.errors import DataError, ShapeError
-from kdcompress.weightings.heldout_gate import (
+from kdcompress.crossfit import (
     MIN_IMAGES,
     NUM_FOLDS,
+    answer_inputs,
     cross_fit,
     fold_masks,
     improves,
     mixture_nll,
     paired_gain,
 )
+from kdcompress.errors import DataError, ShapeError
 
 RowKind: TypeAlias = Literal["teacher", "best", "average", "without", "drop", "static", "class-wise", "gate", "oracle"]
 Choice: TypeAlias = Literal["average", "drop", "static", "gate"]
@@ -35,8 +36,6 @@ CHAIN: Final[tuple[RowKind, ...]] = ("drop", "static", "class-wise", "gate")
 """What may take the place of the average, simplest first."""
 MIN_IMAGES_PER_CLASS = 10
 """With fewer held-out images for each class no weights for each class are fitted."""
-MAX_LOGITS = 256
-"""With more logits for an image, all teachers together, the gate sees only what `gate_inputs` makes of them."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Row:
             "without": the average of the others. "drop": the average without the teacher whose absence improves it
             most on the other folds, of all where none does by more than a standard error. "static": one weight each.
             "class-wise": one weight each for every class that the average predicts. "gate": weights for each image
-            from `gate_inputs`. "oracle": for each image all weight on the teacher that gives its label the most; no
-            weights have a lower NLL.
+            from `crossfit.answer_inputs`, each of which is brought to mean 0 and standard deviation 1. "oracle": for
+            each image all weight on the teacher that gives its label the most; no weights have a lower NLL.
         teacher: which one "teacher" and "without" are about, from 1; else None.
         top1: share of images whose most probable class is the label.
         top1_error: its standard error.
@@ -208,28 +207,13 @@ def measure_headroom(
         if num_images >= MIN_IMAGES_PER_CLASS * num_classes:
             predicted = F.one_hot(log_p.logsumexp(1).argmax(1), num_classes).double()
             add("class-wise", cross_fit(torch.cat([predicted, ones], 1), log_right, held).scores.softmax(1))
-        add("gate", cross_fit(torch.cat([gate_inputs(logits), ones], 1), log_right, held).scores.softmax(1))
+        answers = answer_inputs(logits)
+        answers = (answers - answers.mean(0)) / answers.std(0, correction=0).clamp_min(1e-6)
+        add("gate", cross_fit(torch.cat([answers, ones], 1), log_right, held).scores.softmax(1))
     add("oracle", alone[log_right.argmax(1)])
     found = {row.kind: row for row in rows}
     worst = int(left_out.mean(0).argmin()) + 1 if enough else None
     return Headroom(num_images, num_folds, tuple(rows), _recommend(found, nll, worst))
-
-
-def gate_inputs(logits: Float[Tensor, "images teachers classes"]) -> Float[Tensor, "images features"]:
-    """What an instance gate can look at before there is a student: the teachers' own answers.
-
-    Of each teacher the log-sum-exp of its logits (the free energy of Liu et al. 2020, arXiv 2010.03759), the entropy of
-    its answer and its largest probability, and up to `MAX_LOGITS` all logits; each brought to mean 0 and standard
-    deviation 1 over the images. The gate of `heldout-gate` reads the student's last feature map instead, so it may find
-    more or less than this; it is decided anew at each refit.
-    """
-    p = logits.softmax(2)
-    columns = [logits.logsumexp(2), torch.special.entr(p).sum(2), p.amax(2)]
-    if logits[0].numel() <= MAX_LOGITS:
-        columns.append(logits.flatten(1))
-    inputs = torch.cat(columns, 1)
-    centred = inputs - inputs.mean(0)
-    return centred / centred.square().mean(0).sqrt().clamp_min(1e-6)
 
 
 def disagreement(logits: Float[Tensor, "images teachers classes"]) -> Disagreement:

@@ -2,11 +2,11 @@
 
 Idea
     Several teachers, and for each image the student hears more from those that know it. Four parts act together:
-    a gate weighs the teachers from the student's own view of the image; the student matches the weighted soft target;
+    a gate weighs the teachers for each image; the student matches the weighted soft target;
     the angles between the images' answers match those of the soft target; and each teacher's deepest feature map is a
     hint for one group of the student's layers, the deepest teacher for the deepest group.
 Loss
-    With w = gate(max-pooled last feature map), q = Σ_t w_t softmax(z_t / T), s = softmax(z_S / T), y the labels:
+    With w = gate(image), q = Σ_t w_t softmax(z_t / T), s = softmax(z_S / T), y the labels:
 
     soft_targets   T² KL(q ‖ s), summed over classes, mean over the batch
     labels         cross entropy of y
@@ -15,13 +15,14 @@ Loss
                    (hint_pool: map), or of both maps' means over the positions (hint_pool: pooled)
     regulariser    |W|² + Σ_t |θ_t|²                                                  (paper only)
 
-    variant: repaired (default). Gate: `heldout-gate`, refitted on held-out images and uniform where that is best.
-    Hints: 1 - cosine, a tenth of the gradient, faded to 0 at half time. Angles: a tenth of the gradient. Soft targets:
-    weight 1, T = 4. Labels: weight 1.
-    variant: paper. Gate: `latent-factors`, w = softmax_t(Wᵀ(β ∘ θ_t)), learned from the KL along with the student, β
-    not detached. Hints: squared error, the student's map normalised before its regressor and the teacher's before it is
-    compared. Coefficients as published: T = 5, soft targets 2·0.7, labels 0.3, angles 1, hints 1; but regulariser 1e-4,
-    for 0.1 turns the gate into plain averaging. One stage; regressors are trained; angles between like quantities.
+    variant: repaired (default). Gate: `heldout-gate`, refitted on held-out images; it reads the teachers' answers, the
+    student's last feature map or both, and is uniform where that is best. Hints: 1 - cosine, a tenth of the gradient,
+    faded to 0 at half time. Angles: a tenth of the gradient. Soft targets: weight 1, T = 4. Labels: weight 1.
+    variant: paper. Gate: `latent-factors`, w = softmax_t(Wᵀ(β ∘ θ_t)), β the student's max-pooled last feature map, not
+    detached; learned from the KL along with the student. Hints: squared error, the student's map normalised before its
+    regressor and the teacher's before it is compared. Coefficients as published: T = 5, soft targets 2·0.7, labels 0.3,
+    angles 1, hints 1; but regulariser 1e-4, for 0.1 turns the gate into plain averaging. One stage; regressors are
+    trained; angles between like quantities.
     loss, standardise, mix (both): what is done with the gate's weights, see `kdcompress show avg-kd`.
     official_compat (paper only) restores three scalings of the released code: the gate reads average-pooled features,
     the KL is divided by the number of classes, and the labels' cross entropy is taken at temperature T.
@@ -32,7 +33,7 @@ Use
     learn the gate from. For like teachers it says so and averages. Unlabelled images count in all terms but `labels`.
 Cost
     Beside the teachers' passes one 1×1 convolution per teacher, batch³ cosines (batches over 128 are cut), and per
-    epoch one pass over the held-out images with about a second of fitting.
+    epoch one pass over the held-out images with a few seconds of fitting.
 """
 
 from __future__ import annotations

@@ -17,8 +17,10 @@ from kdcompress.types import EnsembleOutputs, NetworkShapes, Step, TeacherWeight
 
 PACKAGE = "kdcompress.weightings"
 
-UNFITTED, UNIFORM, STATIC, INSTANCE = -1, 0, 1, 2
-"""What a gate that is fitted on held-out images decided: nothing yet, averaging, one weight per teacher, per image."""
+CANDIDATES = ("uniform", "static", "answers", "student", "both")
+"""What a gate fitted on held-out images may choose: averaging, one weight per teacher, or weights for each image from
+the teachers' answers, from what the student sees, or from both."""
+UNFITTED, UNIFORM, STATIC, ANSWERS, STUDENT, BOTH = range(-1, len(CANDIDATES))
 
 COLLAPSED_SPREAD = 1e-3
 COLLAPSED_MEAN = 0.99
@@ -143,13 +145,15 @@ def _diagnose_fitted(figures: Mapping[str, Tensor], shown: str) -> tuple[str, ..
         return ("The teachers are averaged: there are no held-out images to learn weights from (--holdout DIR).",)
     if choice == UNIFORM:
         return (
-            f"Averaging is best for these teachers: no weights that a gate reads from the student do better on "
-            f"held-out images by more than one standard error ({evidence}).",
+            f"Averaging is best for these teachers: no weights, fixed or for each image, do better on held-out images "
+            f"by more than one standard error ({evidence}).",
         )
     if choice == STATIC:
         return (f"One fixed weight per teacher is best for these teachers ({shown}; {evidence}).",)
     spread = ", ".join(f"{value:.3f}" for value in figures["teacher_weight_std"].tolist())
+    answers, student = "what they answer", "what the student sees"
+    read = {ANSWERS: answers, STUDENT: student, BOTH: f"{answers} and {student}"}
     return (
-        f"The teachers are weighed image by image, which is better than averaging (mean weights {shown}; their spread "
-        f"over the images {spread}; {evidence}).",
+        f"The teachers are weighed image by image from {read[choice]}, which is better than averaging (mean weights "
+        f"{shown}; their spread over the images {spread}; {evidence}).",
     )

@@ -25,6 +25,7 @@ FLOORS = (
         "onnx_file",
         "onnx_operators",
         "comparison",
+        "crossfit",
         "memory",
     },
     {

@@ -12,9 +12,9 @@ from scipy.optimize import minimize
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
+from kdcompress.crossfit import SHRINKAGES, fold_masks
 from kdcompress.errors import DataError, ShapeError
-from kdcompress.headroom import Headroom, as_rows, disagreement, gate_inputs, measure_headroom
-from kdcompress.weightings.heldout_gate import SHRINKAGES, fold_masks
+from kdcompress.headroom import Headroom, as_rows, disagreement, measure_headroom
 
 CLASSES = 6
 
@@ -246,12 +246,3 @@ def test_disagreement_is_the_share_of_unlike_classes_and_scipys_divergence() -> 
     assert (apart.differ, apart.divergence) == (1, pytest.approx(math.log(3)))
     with pytest.raises(DataError):
         disagreement(logits[:0])
-
-
-def test_what_the_gate_sees() -> None:
-    logits = make_answers("weak", images=50)[0].double()
-    inputs = gate_inputs(logits)
-    assert inputs.shape == (50, 3 * 3 + 3 * CLASSES)
-    torch.testing.assert_close(inputs.mean(0), torch.zeros(27).double(), atol=1e-12, rtol=0)
-    torch.testing.assert_close(inputs.std(0, correction=0), torch.ones(27).double())
-    assert gate_inputs(logits.repeat(1, 1, 20)).shape == (50, 9), "many classes: no logits"

@@ -52,7 +52,12 @@ def test_diagnose_a_learned_gate(weights: list[list[float]], sentence: str | Non
         (base.UNFITTED, "--holdout"),
         (base.UNIFORM, "Averaging is best for these teachers"),
         (base.STATIC, "resnet32 0.500, resnet44 0.500"),
-        (base.INSTANCE, "image by image, which is better than averaging (mean weights resnet32 0.500, resnet44 0.500"),
+        (
+            base.ANSWERS,
+            "from what they answer, which is better than averaging (mean weights resnet32 0.500, resnet44 0",
+        ),
+        (base.STUDENT, "image by image from what the student sees, which"),
+        (base.BOTH, "image by image from what they answer and what the student sees, which"),
     ],
 )
 def test_diagnose_a_fitted_gate_from_logged_numbers(choice: int, sentence: str) -> None:

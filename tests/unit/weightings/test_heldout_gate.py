@@ -3,12 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
+from kdcompress.errors import ShapeError
 from kdcompress.types import UNLABELLED, EnsembleOutputs, NetworkShapes, Outputs, Step
-from kdcompress.weightings.base import INSTANCE, STATIC, UNFITTED, UNIFORM
-from kdcompress.weightings.heldout_gate import HeldoutGate, fit_coefficients, fit_gate, fold_masks, mixture_nll
+from kdcompress.weightings.base import ANSWERS, BOTH, CANDIDATES, STATIC, STUDENT, UNFITTED, UNIFORM
+from kdcompress.weightings.heldout_gate import HeldoutGate, fit_gate
 from tests.made_steps import make_shapes, make_step, permute_teachers
 
 NUM_CLASSES = 6
@@ -30,7 +30,7 @@ def make_exam(kind: str, images: int = 300, seed: int = 0) -> Step:
         knows = torch.nn.functional.one_hot(labels // 2, 3).float()
     wrong = torch.nn.functional.one_hot(torch.randint(0, NUM_CLASSES, (images, 3), generator=generator), NUM_CLASSES)
     noise = torch.randn(images, 1, NUM_CLASSES, generator=generator)
-    if kind != "alike":
+    if kind == "specialists":
         noise = torch.randn(images, 3, NUM_CLASSES, generator=generator)
     logits = 4 * torch.where(knows[:, :, None] > 0, right[:, None], wrong.float()) + noise
     centres = torch.randn(NUM_CLASSES, 8, generator=generator)
@@ -55,25 +55,29 @@ def test_uniform_until_fitted_and_without_parameters() -> None:
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
     assert float(gate.diagnostics(weights)["gate_choice"]) == UNFITTED
     assert list(gate.parameters()) == []
-    assert {"factors", "bias", "choice", "gain", "gain_error"} == set(gate.state_dict())
+    assert {"coefficients", "centre", "scale", "choice", "gain", "gain_error"} == set(gate.state_dict())
 
 
-@pytest.mark.parametrize(("kind", "choice"), [("alike", UNIFORM), ("broken", STATIC), ("specialists", INSTANCE)])
-def test_leaves_uniform_only_where_that_helps(kind: str, choice: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [("alike", [UNIFORM]), ("broken", [STATIC, ANSWERS, STUDENT, BOTH]), ("specialists", [ANSWERS, STUDENT, BOTH])],
+)
+def test_leaves_uniform_only_where_that_helps(kind: str, choices: list[int]) -> None:
     gate, exam = HeldoutGate(SHAPES), make_exam(kind)
     found = gate.refit(exam)
-    weights = gate(make_exam(kind, seed=0))
-    assert found["choice"] == choice
-    assert float(gate.diagnostics(weights)["gate_choice"]) == choice
-    if choice == UNIFORM:
+    weights = gate(exam)
+    assert found["choice"] in choices
+    assert float(gate.diagnostics(weights)["gate_choice"]) == found["choice"]
+    if kind == "alike":
         torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
         assert found["shrinkage"] == 0
-    elif choice == STATIC:
-        assert found["gain"] > found["gain_error"] > 0
-        assert float(weights[:, 0].max()) < 0.1
-        assert float(weights.std(0).max()) < 1e-6
+        return
+    assert found["gain"] > found["gain_error"] > 0
+    if kind == "broken":
+        assert found["nll_static"] < found["nll_uniform"] - 0.1
+        assert float(weights[:, 0].mean()) < 0.1
     else:
-        assert found["nll_instance"] < found["nll_static"] < found["nll_uniform"] + 0.02
+        assert max(found["nll_answers"], found["nll_student"]) < found["nll_static"] < found["nll_uniform"] + 0.02
         right = weights.gather(1, (exam.labels // 2)[:, None])
         assert float(right.mean()) > 0.8
 
@@ -88,18 +92,53 @@ def test_the_weights_hold_on_images_that_the_gate_was_not_fitted_on() -> None:
 
 
 def test_noise_moves_the_weights_little() -> None:
-    """Teachers that differ by noise alone: whatever the gate decides, it stays near uniform."""
+    """Teachers that differ by noise alone, of which neither the answers nor the student tell anything."""
     for seed in range(5):
-        shapes = make_shapes()
-        gate, exam = HeldoutGate(shapes), make_step(shapes, batch=400, seed=seed)
-        gate.refit(exam)
-        assert float((gate(exam) - 1 / 3).abs().mean()) < 0.08
+        rng = torch.Generator().manual_seed(seed)
+        answers, features = (torch.randn(400, count, generator=rng, dtype=torch.float64) for count in (24, 8))
+        log_right = -torch.rand(400, 3, generator=rng, dtype=torch.float64)
+        fit = fit_gate(answers, features, log_right, torch.arange(400) % 4)
+        scores = torch.cat([answers, features, torch.ones(400, 1).double()], 1) @ fit.coefficients.T
+        assert float((scores.softmax(1) - 1 / 3).abs().mean()) < 0.03
+
+
+@pytest.mark.parametrize(("told_by", "choice"), [("answers", ANSWERS), ("features", STUDENT), ("either", BOTH)])
+def test_it_reads_what_tells_the_teachers_apart(told_by: str, choice: int) -> None:
+    """Which of two teachers is right stands in one of the answers, in one of the features, or in their sum."""
+    rng = torch.Generator().manual_seed(0)
+    answers, features = (torch.randn(600, 4, generator=rng, dtype=torch.float64) for _ in range(2))
+    told = {"answers": answers[:, 0], "features": features[:, 3], "either": answers[:, 0] + features[:, 3]}[told_by]
+    log_right = torch.stack([told > 0, told <= 0], 1).double().clamp(0.01, 0.99).log()
+    fit = fit_gate(answers, features, log_right, torch.arange(600) % 4)
+    assert fit.choice == choice
+    assert fit.nll[CANDIDATES[choice]] < min(fit.nll["uniform"], fit.nll["static"]) - 0.3
+    read = fit.coefficients.abs().sum(0) > 0
+    assert bool(read[:4].all()) == (told_by != "features")
+    assert bool(read[4:8].all()) == (told_by != "answers")
+
+
+def test_the_answers_are_read_as_they_were_when_it_was_fitted() -> None:
+    """Their centre and scale are those of the held-out images, whatever batch is weighed."""
+    exam = make_exam("specialists", images=600)
+    gate = HeldoutGate(SHAPES)
+    gate.refit(exam)
+    assert gate.coefficients[:, : len(gate.centre)].any()
+    alone = torch.cat([gate(subset(exam, slice(row, row + 1))) for row in range(20)])
+    torch.testing.assert_close(alone, gate(exam)[:20])
+
+
+def test_it_does_not_weigh_some_of_the_teachers() -> None:
+    gate, exam = HeldoutGate(SHAPES), make_exam("alike")
+    assert exam.teachers is not None
+    two = EnsembleOutputs(exam.teachers.logits[:, :2], ({}, {}), (0, 1))
+    with pytest.raises(ShapeError, match="all 3 teachers, and 2 answered"):
+        gate(replace(exam, teachers=two))
 
 
 def test_a_refit_on_like_teachers_goes_back_to_averaging() -> None:
     gate = HeldoutGate(SHAPES)
     gate.refit(make_exam("specialists"))
-    assert bool(gate.factors.any())
+    assert bool(gate.coefficients.any())
     exam = make_exam("alike")
     assert gate.refit(exam)["choice"] == UNIFORM
     assert torch.equal(gate(exam), torch.full((300, 3), 1 / 3))
@@ -122,7 +161,7 @@ def test_refit_works_where_gradients_are_off(context: type[torch.no_grad]) -> No
     expected.refit(exam)
     with context():
         gate.refit(subset(exam, slice(None)))
-    assert torch.equal(gate.factors, expected.factors)
+    assert torch.equal(gate.coefficients, expected.coefficients)
 
 
 @pytest.mark.parametrize("kind", ["broken", "specialists"])
@@ -163,8 +202,8 @@ def test_one_teacher() -> None:
 
 def test_no_gradient_reaches_the_student_through_the_weights() -> None:
     gate, exam = HeldoutGate(make_shapes()), make_step(make_shapes())
-    gate.choice.fill_(INSTANCE)
-    torch.nn.init.normal_(gate.factors)
+    gate.choice.fill_(BOTH)
+    torch.nn.init.normal_(gate.coefficients)
     assert not gate(exam).requires_grad
 
 
@@ -176,55 +215,11 @@ def test_weights_are_blind_to_the_size_of_the_features() -> None:
     torch.testing.assert_close(gate(larger), gate(exam), atol=1e-3, rtol=0)
 
 
-def test_mixture_nll() -> None:
-    rng = np.random.default_rng(0)
-    scores, p = rng.normal(size=(4, 3)), rng.uniform(size=(4, 3))
-    w = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    expected = -np.log((w * p).sum(1))
-    np.testing.assert_allclose(mixture_nll(torch.tensor(scores), torch.tensor(p).log()), expected, rtol=1e-12)
-
-
-def test_the_fit_is_the_minimum_that_scipy_finds() -> None:
-    rng = np.random.default_rng(1)
-    X, log_p = rng.normal(size=(60, 4)), np.log(rng.uniform(size=(60, 3)))
-
-    def objective(flat: np.ndarray) -> float:
-        scores = X @ flat.reshape(3, 4).T
-        w = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-        return float(-np.log((w * np.exp(log_p)).sum(1)).mean() + 0.05 * (flat**2).sum())
-
-    expected = minimize(objective, np.zeros(12), tol=1e-12)
-    found = fit_coefficients(torch.tensor(X), torch.tensor(log_p), torch.ones(1, 60).double(), 0.1)[0]
-    # A gradient of at most 1e-4 and a curvature of at least λ = 0.1 leave 1e-3 in each coefficient, 1e-7 in the value.
-    assert objective(found.numpy().ravel()) == pytest.approx(expected.fun, abs=1e-7)
-    np.testing.assert_allclose(found.numpy().ravel(), expected.x, atol=1e-3)
-
-
-def test_folds_do_not_see_their_own_images() -> None:
-    """What a fold is fitted on is everything else, whatever happens to the other folds in the same run."""
-    rng = np.random.default_rng(2)
-    X, log_p = torch.tensor(rng.normal(size=(50, 3))), torch.tensor(np.log(rng.uniform(size=(50, 2))))
-    held = fold_masks(torch.arange(50) % 4)
-    together = fit_coefficients(X, log_p, 1 - held, 0.1)
-    for fold, mask in enumerate(held):
-        rows = mask == 0
-        alone = fit_coefficients(X[rows], log_p[rows], torch.ones(1, int(rows.sum())).double(), 0.1)[0]
-        torch.testing.assert_close(together[fold], alone, atol=2e-3, rtol=0)
-
-
-@pytest.mark.parametrize("labels", [torch.arange(100) % 10, torch.arange(100) // 10])
-def test_every_fold_has_its_part_of_every_class(labels: Tensor) -> None:
-    held = fold_masks(labels)
-    assert torch.equal(held.sum(0), torch.ones(100).double())
-    for number in range(10):
-        assert torch.equal(held[:, labels == number].sum(1), torch.full((5,), 2.0).double())
-
-
 def test_memorised_images_are_not_what_it_is_for() -> None:
     """Equal teachers, one of them surer: one weight per teacher may win, an instance gate must not."""
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(400, 6, generator=rng, dtype=torch.float64)
     log_right = -torch.rand(400, 1, generator=rng, dtype=torch.float64) * torch.tensor([1.0, 1.0, 3.0])
-    fit = fit_gate(features, log_right, torch.arange(400) % 4)
+    fit = fit_gate(features[:, :3], features[:, 3:], log_right, torch.arange(400) % 4)
     assert fit.choice == STATIC
     assert bool((fit.coefficients[:, :-1] == 0).all())
