@@ -21,6 +21,13 @@ from kdcompress.cli._grammar import SeveralValuesCommand, sections
 @click.option("--data", metavar="DATA", help="A folder, a .zip or .tar of one, digits, cifar10:ROOT, imagenet:ROOT …")
 @click.option("--unlabeled", metavar="DIR", help="More images, without labels.")
 @click.option("--holdout", metavar="DIR", help="Labelled images that no teacher has seen; gates are fitted on them.")
+@click.option(
+    "--force",
+    flag_value=True,
+    type=bool,
+    default=None,
+    help="Learn weights of the teachers also from labels of images that they were trained on.",
+)
 @click.option("--init", metavar="START", help="auto, pretrained, teacher, teacher:N, random, or a checkpoint file.")
 @click.option("--recipe", metavar="NAME|FILE", help="What all methods share (kdcompress ls recipes).")
 @click.option("--headroom", is_flag=True, help="Only measure what weighting these teachers could gain; train nothing.")

@@ -28,7 +28,7 @@ from kdcompress.logit_losses import LogitLoss, LossName, Mix
 from kdcompress.losses import cross_entropy
 from kdcompress.methods.base import Method
 from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Step, Term
-from kdcompress.weightings.base import describe_weights, teachers_of
+from kdcompress.weightings.base import teachers_of
 from kdcompress.weightings.gradient_conflict import GradientConflict
 
 LABEL_WEIGHT = 1.0
@@ -80,4 +80,4 @@ class AEKD(Method):
         terms = {"soft_targets": Term(self.logit_loss(teacher_logits, weights, logits, step.labels))}
         if self.label_weight:
             terms["labels"] = Term(cross_entropy(logits, step.label_targets), self.label_weight)
-        return LossTerms(terms, describe_weights(weights))
+        return LossTerms(terms, self.weighting.diagnostics(weights))

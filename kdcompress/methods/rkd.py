@@ -11,6 +11,7 @@ Loss
     Distances make a tenth and angles a fifth of the gradient on the student's backbone, in the published ratio 1 : 2.
     The points are the average-pooled last feature maps, or the logits (relations=logits). The paper has neither soft
     targets nor, for embeddings, labels: soft_target_weight=0 is nearer to it.
+    loss, standardise, mix: of the soft targets, as for `avg-kd`.
 Paper
     Park et al., Relational knowledge distillation, CVPR 2019, arXiv 1904.05068.
 Use
@@ -29,7 +30,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdcompress.errors import ShapeError
-from kdcompress.logit_losses import LogitLoss
+from kdcompress.logit_losses import LogitLoss, LossName, Mix
 from kdcompress.losses import cross_entropy, full_precision, relation_angles, relation_distances
 from kdcompress.methods.base import Method
 from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Outputs, Share, Step, Term
@@ -53,6 +54,9 @@ class RKD(Method):
         distance_share: of the gradient on the student's backbone.
         angle_share: of the gradient on the student's backbone.
         relations: between "features" or between "logits".
+        loss: of the soft targets, "kl", "dkd" or "dist".
+        standardise: bring each network's logits to mean 0 and standard deviation 1 for the soft targets.
+        mix: what is averaged for the soft targets: "targets" (probabilities), "logits" or "losses".
 
     Raises:
         ShapeError: relations between features of a network that has none.
@@ -71,12 +75,15 @@ class RKD(Method):
         distance_share: Part = 0.1,
         angle_share: Part = 0.2,
         relations: Literal["features", "logits"] = "features",
+        loss: LossName = "kl",
+        standardise: bool = False,
+        mix: Mix = "targets",
     ) -> None:
         super().__init__(shapes, heads)
         if relations == "features" and not all([shapes.student, *shapes.teachers]):
             raise ShapeError("a network has no feature maps to relate", fix="method.relations=logits")
         self.weighting = Uniform(shapes)
-        self.logit_loss = LogitLoss("kl", temperature, False, "targets", shapes.num_classes)
+        self.logit_loss = LogitLoss(loss, temperature, standardise, mix, shapes.num_classes)
         self.soft_target_weight = soft_target_weight
         self.label_weight = label_weight
         self.distance_share = distance_share
@@ -86,12 +93,13 @@ class RKD(Method):
     @classmethod
     def needs(cls, **options: Any) -> Needs:
         """Feature maps of both sides, unless the logits are related."""
-        features = options.get("relations", "features") == "features"
+        features, dkd = options.get("relations", "features") == "features", options.get("loss") == "dkd"
         return Needs(
-            labels="soft" if options.get("label_weight", LABEL_WEIGHT) else "none",
+            labels="soft" if dkd or options.get("label_weight", LABEL_WEIGHT) else "none",
             student_features=("*",) if features else (),
             teacher_features={"*": "pooled"} if features else {},
             batch_relations=True,
+            mixup_allowed=not dkd,
         )
 
     def forward(self, step: Step) -> LossTerms:

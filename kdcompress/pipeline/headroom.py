@@ -74,7 +74,7 @@ def headroom(
     exams = tuple(examine(one.teacher, held.splits, HELDOUT_IMAGES) for one in opened)
     why_not = held.why_not or known_by_heart(opened, exams, splits.train)
     if why_not and not asked.data.force:
-        fix = "images that no teacher was trained on, or data.force=true"
+        fix = "images that no teacher was trained on, or --force (data.force=true)"
         raise InputError(f"{why_not}: what is measured there is who memorised best", where="--holdout", fix=fix)
     found = measure(replace(held, why_not=""), exams)
     speak.print(exam_table(opened, exams))

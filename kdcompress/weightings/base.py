@@ -35,6 +35,8 @@ class Weighting(nn.Module, ABC):
 
     source: ClassVar[WeightSource] = "answers"
     """What the weights come from; see `Needs.weights`."""
+    by_image: ClassVar[bool] = True
+    """Whether images of a batch may be weighed differently."""
 
     def __init__(self, shapes: NetworkShapes) -> None:
         super().__init__()
@@ -49,8 +51,9 @@ class Weighting(nn.Module, ABC):
         return {}
 
     def diagnostics(self, weights: TeacherWeights) -> Mapping[str, Tensor]:
-        """Detached figures worth logging; see `describe_weights`."""
-        return describe_weights(weights)
+        """Detached figures worth logging: those of `describe_weights`, without the spread where there can be none."""
+        figures = describe_weights(weights)
+        return {name: value for name, value in figures.items() if self.by_image or name != "teacher_weight_std"}
 
 
 def list_weightings() -> tuple[str, ...]:
@@ -119,11 +122,13 @@ def diagnose(diagnostics: Mapping[str, Tensor | Sequence[float] | float], names:
 
     Args:
         diagnostics: of one step, or their means over many, as tensors or as numbers read from a log. Where there are
-            no `teacher_weight_…` among them nothing is judged.
+            no `teacher_weight_mean` and `teacher_weight_std` among them nothing is judged.
         names: of the teachers, in order; numbered from 1 without.
     """
     figures = {name: torch.as_tensor(value) for name, value in diagnostics.items()}
-    mean = figures["teacher_weight_mean"].tolist() if "teacher_weight_mean" in figures else []
+    if not {"teacher_weight_mean", "teacher_weight_std"} <= figures.keys():
+        return ()
+    mean = figures["teacher_weight_mean"].tolist()
     if len(mean) < 2:
         return ()
     names = names or [f"teacher {number}" for number in range(1, len(mean) + 1)]
@@ -131,9 +136,9 @@ def diagnose(diagnostics: Mapping[str, Tensor | Sequence[float] | float], names:
     if "gate_choice" in figures:
         return _diagnose_fitted(figures, shown)
     if max(mean) > COLLAPSED_MEAN:
-        return (f"The gate has collapsed to one teacher; the others teach nothing ({shown}).",)
+        return (f"The weights have collapsed to one teacher; the others teach nothing ({shown}).",)
     if float(figures["teacher_weight_std"].max()) < COLLAPSED_SPREAD:
-        return (f"The gate has collapsed to fixed weights; it does not tell images apart ({shown}).",)
+        return (f"The weights have collapsed to fixed ones; they do not tell images apart ({shown}).",)
     return ()
 
 

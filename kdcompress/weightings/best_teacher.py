@@ -34,6 +34,7 @@ class BestTeacher(Weighting):
     """
 
     source: ClassVar[WeightSource] = "heldout"
+    by_image: ClassVar[bool] = False
 
     weights: Tensor
 

@@ -18,7 +18,7 @@ Cost
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,8 @@ class GradientConflict(Weighting):
         temperature: T of the gradients.
         cap: C, the largest weight; 1 / teachers where that is more.
     """
+
+    by_image: ClassVar[bool] = False
 
     def __init__(
         self,

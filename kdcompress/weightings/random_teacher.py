@@ -31,6 +31,7 @@ class RandomTeacher(Weighting):
     """One teacher per step."""
 
     source: ClassVar[WeightSource] = "fixed"
+    by_image: ClassVar[bool] = False
 
     def forward(self, step: Step) -> TeacherWeights:
         """All weight on the teacher drawn."""

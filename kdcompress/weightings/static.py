@@ -42,6 +42,7 @@ class Static(Weighting):
     """
 
     source: ClassVar[WeightSource] = "heldout"
+    by_image: ClassVar[bool] = False
 
     weights: Tensor
 

@@ -27,6 +27,7 @@ class Uniform(Weighting):
     """1 / teachers, for every image."""
 
     source: ClassVar[WeightSource] = "fixed"
+    by_image: ClassVar[bool] = False
 
     def forward(self, step: Step) -> TeacherWeights:
         """The same weight everywhere."""

@@ -100,6 +100,13 @@ def test_force_learns_from_them_all_the_same_says_so_and_is_resumed(exams: Shop)
     assert (exams.folder / "forced" / "student" / "bundle.json").is_file()
 
 
+def test_compare_may_be_forced_too(exams: Shop) -> None:
+    """The fix that the refusal names is an option of this command as well."""
+    words = ("compare", "--headroom", *TEACHERS, "--holdout", "seen", "--out")
+    assert "or --force" in exams.run(*words, "refused").error
+    assert "forced: 100 of 100 held-out images" in exams.must(*words, "forced measure", "--force")
+
+
 def test_a_method_that_learns_no_weights_may_have_any_holdout(exams: Shop) -> None:
     said = exams.must(*DISTILL, "--method", "avg-kd", "--holdout", "seen", "--out", "averaged")
     assert "100 of 100 held-out images" in said

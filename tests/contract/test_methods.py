@@ -40,7 +40,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ca-mkd": [{}, {"hint_pool": "pooled"}, {"normalise": "official"}, {"loss": "dkd"}],
     "ae-kd": [{}, {"loss": "dkd"}],
     "fitnet-mkd": [{}, {"hint_pool": "pooled"}, {"loss": "dist"}],
-    "rkd": [{}, {"relations": "logits"}],
+    "rkd": [{}, {"relations": "logits"}, {"loss": "dkd", "mix": "losses"}],
     "weighted-kd": [{"weighting": name} for name in list_weightings()],
 }
 """Options that make a method another one; only the defaults where nothing stands here."""

@@ -36,7 +36,7 @@ def test_entropy_of_certain_and_uniform_weights(num_teachers: int) -> None:
     ("weights", "sentence"),
     [
         ([[0.6, 0.4], [0.3, 0.7]], None),
-        ([[0.6, 0.4], [0.6, 0.4]], "collapsed to fixed weights"),
+        ([[0.6, 0.4], [0.6, 0.4]], "collapsed to fixed ones"),
         ([[0.999, 0.001], [0.992, 0.008]], "collapsed to one teacher"),
         ([[1.0], [1.0]], None),
     ],
