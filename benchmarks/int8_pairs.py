@@ -30,7 +30,7 @@ from kdcompress.models import build_network
 from kdcompress.networks import Student, save_student
 from kdcompress.pipeline._gate import find_drop, judged_images, load_images, race, speed_ups
 from kdcompress.pipeline._int8_search import Search
-from kdcompress.pipeline.quantize import half_precision
+from kdcompress.pipeline._verdict import half_precision
 from kdcompress.profiles import PROFILES, default_profile
 from kdcompress.quantize.base import Scheme
 from kdcompress.quantize.int8 import Int8Source
@@ -69,7 +69,7 @@ def examine(student: Bundle, images: Tensor, splits: Splits, trained: bool, scra
     made = source.write(chosen.scheme, scratch / "int8", images=shown)
     judged = judged_images(splits, True, picks=True)
     drop = find_drop(open_bundle(onnx), open_bundle(made), judged, made.num_classes) if trained else None
-    rivals = {"fp32": onnx, **half_precision(source, images, scratch)}
+    rivals = {"fp32": onnx, **half_precision(onnx, profile, images, scratch)}
     latency = race({**rivals, "int8": made}, batch_size=1, threads=1, restarts=5)
     untold = "Accuracy: these weights are not trained."
     verdict = judge(drop, speed_ups(latency, "int8"), max_drop=0.01, measured_on=profile.device, unjudged=untold)

@@ -74,6 +74,11 @@ class Drop:
     changed: int
     images: str
 
+    @property
+    def told(self) -> str:
+        """The drop and its interval, in words."""
+        return f"{100 * self.value:+.2f} points (95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f})"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -186,7 +191,7 @@ def judge(
         answers.add("cannot decide")
         reasons.append(unjudged or "There were no images to judge the accuracy on.")
     else:
-        said = f"top-1 drops by {_points(drop)} on {drop.n:,} images ({drop.images})"
+        said = f"top-1 drops by {drop.told} on {drop.n:,} images ({drop.images})"
         if drop.high <= max_drop:
             reasons.append(f"Accuracy: {said}: within {100 * max_drop:g}.")
         elif drop.low > max_drop:
@@ -260,7 +265,3 @@ def read_verdict(folder: Path, bundle: str) -> Verdict | None:
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise BundleError(f"{GATE_FILE} is damaged", where=str(folder), fix="quantize again") from error
     return found
-
-
-def _points(drop: Drop) -> str:
-    return f"{100 * drop.value:+.2f} points (95 % interval {100 * drop.low:+.2f} to {100 * drop.high:+.2f})"

@@ -18,9 +18,10 @@ def command(out: Path | None) -> None:
 
     Three small teachers, an AMTML-KD student, ONNX, INT8 and the report. A smoke test, not a result.
     """
+    from kdcompress.pipeline._verdict import Limits
     from kdcompress.pipeline.base import RunFolder
     from kdcompress.pipeline.distill import CHECKPOINT, distill, train_network
-    from kdcompress.pipeline.quantize import Limits, quantize
+    from kdcompress.pipeline.quantize import quantize
     from kdcompress.pipeline.report import report
 
     folder = RunFolder.create(out, "demo").path

@@ -103,14 +103,16 @@ def command(
     kdcompress quantize --qat runs/mine --for ort-x86 train.epochs=4 train.lr=0.001
     """
     from kdcompress.errors import InputError
+    from kdcompress.pipeline._verdict import Limits
     from kdcompress.pipeline.deploy import convert_to_fp16
-    from kdcompress.pipeline.quantize import Limits, quantize
+    from kdcompress.pipeline.quantize import quantize
 
     if fp16 and int8:
         what = "--int8 and --fp16 together are two steps"
         raise InputError(what, fix="quantize --int8, then quantize --fp16 of the bundle that it wrote")
     if autocast is not None and not fp16:
         raise InputError("--autocast converts to fp16", fix="add --fp16")
+    limits = Limits(max_drop / 100, min_speed_up, batch_size, threads, restarts)
     if qat:
         from kdcompress.cli._grammar import is_override
         from kdcompress.pipeline.quantization_aware import quantize_aware
@@ -118,7 +120,17 @@ def command(
         _require_only(_WITH_QAT, "--qat")
         if source is not None and is_override(str(source)) and not source.exists():
             source, overrides = None, (str(source), *overrides)
-        quantize_aware(source, overrides, profile=profile, out=out, resume=resume, offline=offline)
+        quantize_aware(
+            source,
+            overrides,
+            profile=profile,
+            holdout=holdout,
+            limits=limits,
+            force=force,
+            out=out,
+            resume=resume,
+            offline=offline,
+        )
         return
     if overrides or resume or offline:
         raise InputError("KEY=VALUE, --resume and --offline belong to --qat", fix="add --qat")
@@ -132,7 +144,7 @@ def command(
         data=data,
         holdout=holdout,
         calibration=calibration,
-        limits=Limits(max_drop / 100, min_speed_up, batch_size, threads, restarts),
+        limits=limits,
         mixed=mixed,
         sensitivity=sensitivity,
         reference=reference,
@@ -141,7 +153,8 @@ def command(
     )
 
 
-_WITH_QAT = {"source", "overrides", "int8", "profile", "qat", "resume", "offline", "out"}
+_OF_THE_GATE = {"holdout", "max_drop", "min_speed_up", "batch_size", "threads", "restarts", "force"}
+_WITH_QAT = {"source", "overrides", "int8", "profile", "qat", "resume", "offline", "out"} | _OF_THE_GATE
 _WITH_FP16 = {"source", "overrides", "fp16", "autocast", "profile", "data", "mean", "std", "out"}
 
 

@@ -1,12 +1,14 @@
 """`quantize --qat`: the training of a run goes on with a student that is rounded as its INT8 file will be.
 
+The file then goes before the same gate as one that was quantized after training (`_verdict`).
+
 ::
 
     RUN/qat/<profile>/recipe.yaml    the run's recipe with fewer epochs, a lower rate, and its own student as the start
                       log.jsonl      as of any training
                       last.pt        the state to resume from
                       onnx-fp32/     the float weights it ended with, which the INT8 bundle is made from
-    RUN/onnx-int8-<profile>-qat/     the INT8 bundle
+    RUN/onnx-int8-<profile>-qat/     the INT8 bundle, with its gate.json
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,26 @@ from rich.console import Console
 from kdcompress import onnx_graph
 from kdcompress.bundle import BUNDLE_FILE, Bundle, model_metadata, provenance_step, write_bundle
 from kdcompress.checkpoint import LAST, load_state
-from kdcompress.data import Split, eval_batches, unit_interval
+from kdcompress.data import Split, unit_interval
 from kdcompress.errors import InputError, OutputError, RecipeError, VerificationError
-from kdcompress.evaluate import agreement, paired_difference, predict_all
+from kdcompress.evaluate import agreement
 from kdcompress.export import walk
 from kdcompress.fake_quant import learned_model, learned_ranges, prepare_student
 from kdcompress.files import atomic_folder, require_empty
+from kdcompress.gate import Verdict
 from kdcompress.networks import Student
 from kdcompress.pipeline._answers import open_answers
+from kdcompress.pipeline._gate import JudgedImages, find_drop, judged_images
 from kdcompress.pipeline._parts import Parts, prepare
-from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile
+from kdcompress.pipeline._source import VERIFIED_IMAGES, Source, choose_profile, find_splits
 from kdcompress.pipeline._training import require_unchanged, run_training
+from kdcompress.pipeline._verdict import Limits, advice, hold_to, keep
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
 from kdcompress.profiles import Profile, instruction_sets
 from kdcompress.quantize import find_quantizer
 from kdcompress.quantize.int8 import quantize_model
 from kdcompress.recipe import Recipe, build_recipe, merge, parse_override, write_recipe
+from kdcompress.runtimes import open_bundle
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
 from kdcompress.types import Images
 
@@ -79,16 +85,24 @@ def quantize_aware(
     overrides: Sequence[str] = (),
     *,
     profile: str = "auto",
+    holdout: str | None = None,
+    limits: Limits | None = None,
+    force: bool = False,
     out: Path | None = None,
     resume: bool = False,
     offline: bool = False,
 ) -> Bundle:
-    """Trains the student of a run with the roundings of a profile, and writes it as an INT8 bundle.
+    """Trains the student of a run with the roundings of a profile, and writes it as an INT8 bundle if the gate lets it.
+
+    The ONNX fp32 of the student stays in the run; with `out` only the INT8 bundle is kept.
 
     Args:
         source: the run; the newest under `runs/` without it.
         overrides: texts `KEY=VALUE`, of the sections `train` and `cache`.
         profile: see `choose_profile`.
+        holdout: labelled images that nobody has seen, if not those of the run.
+        limits: what the gate asks for.
+        force: keep what fails.
         out: the INT8 bundle's folder; by default in the run.
         resume: go on with a training that was stopped.
         offline: download nothing.
@@ -98,10 +112,12 @@ def quantize_aware(
         RecipeError: a key that belongs to the run.
         OutputError: a training that was stopped lies there, and it is not to be resumed.
         VerificationError: the INT8 file does not answer as the trained student does; no bundle is written.
+        GateError: it is slower or worse than allowed; what was learned is kept, the bundle is not.
     """
     if out is not None:
         require_empty(out)
     speak, chosen, run = console(), choose_profile(profile), _find_run(source)
+    splits = find_splits(Source(run.student(), run.path, run), None, holdout) if holdout else None
     folder = RunFolder(run.path / FOLDER / chosen.name)
     if resume:
         if not (folder.path / RECIPE_FILE).is_file():
@@ -115,10 +131,21 @@ def quantize_aware(
     parts = prepare(asked, speak, offline=offline)
     if parts.facts.data_digest != run.facts.data_digest:
         raise InputError("the data is not what the run was trained on", where=str(run.path), fix="give back the same")
-    with tempfile.TemporaryDirectory() as scratch:
-        plan = make_plan(run, parts, chosen, Path(scratch))
+    judged = judged_images(splits or parts.splits, run.facts.student_saw_val, picks=False)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        between = (run.path if out is None else scratch) / "onnx-fp32"
+        plan = make_plan(run, parts, chosen, between)
         result = _train(plan, run, folder, parts, speak, resume=resume)
-        return write(plan, result, parts, folder, out or run.path / f"onnx-int8-{chosen.name}-qat", speak, out is None)
+        made = write(plan, result, parts, folder, scratch)
+        verdict, evidence = _hold_to(plan, made, judged, limits or Limits(), scratch)
+        place = out or run.path / f"onnx-int8-{chosen.name}-qat"
+        again = "--resume --force"
+        kept = keep(made, verdict, evidence, place, judged=judged, force=force, replace=out is None, again=again)
+    agreed = kept.provenance[-2]["agreement"]["value"]
+    told = f"{kept.size_mb:.3f} MB · the trained student's class for {agreed:.2%} of images · {advice(verdict)}"
+    speak.print(f"{kept.path} · {told}")
+    return kept
 
 
 def shorter_recipe(run: RunFolder, overrides: Sequence[str]) -> Recipe:
@@ -144,8 +171,8 @@ def shorter_recipe(run: RunFolder, overrides: Sequence[str]) -> Recipe:
     return build_recipe(content, overrides, where="--qat")
 
 
-def make_plan(run: RunFolder, parts: Parts, profile: Profile, scratch: Path) -> Plan:
-    """Exports the run's student and quantizes it after training.
+def make_plan(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> Plan:
+    """Exports the run's student to `out`, and quantizes it after training.
 
     Raises:
         VerificationError: the graph cannot be exported or quantized.
@@ -153,16 +180,14 @@ def make_plan(run: RunFolder, parts: Parts, profile: Profile, scratch: Path) -> 
     ids = parts.splits.calibration.ids
     calibration = unit_interval(parts.splits.calibration.images.load(ids))
     few = calibration[:VERIFIED_IMAGES]
-    exported = walk(run.student(), "onnx", scratch / "onnx-fp32", profile=profile, images=few)
+    exported = walk(run.student(), "onnx", out, profile=profile, images=few, replace=True)
     reduce_range = profile.reduces_range(instruction_sets())
     quantized = quantize_model(exported.model_path, calibration, profile, reduce_range=reduce_range)
     return Plan(exported, quantized, calibration, profile, reduce_range)
 
 
-def write(
-    plan: Plan, student: Student, parts: Parts, folder: RunFolder, out: Path, speak: Console, replace_it: bool
-) -> Bundle:
-    """Writes the INT8 bundle, once its file was seen to answer as the student does.
+def write(plan: Plan, student: Student, parts: Parts, folder: RunFolder, scratch: Path) -> Bundle:
+    """Writes the weights into `folder` and the INT8 bundle into `scratch`, once that answers as the student does.
 
     Raises:
         VerificationError: it answers otherwise; both figures are named.
@@ -170,7 +195,7 @@ def write(
     import onnx
 
     model, ranges = learned_model(student, onnx.load(plan.exported.model_path)), learned_ranges(student)
-    file = plan.exported.path / "learned.onnx"
+    file = scratch / "learned.onnx"
     file.write_bytes(model.SerializeToString(deterministic=True))
     made = quantize_model(file, plan.calibration, plan.profile, reduce_range=plan.reduce_range, ranges=ranges)
     file.write_bytes(made.SerializeToString(deterministic=True))
@@ -215,13 +240,7 @@ def write(
         provenance=provenance,
         replace=True,
     )
-    quantizer = find_quantizer("int8")
-    bundle = quantizer.run(learned, plan.calibration, out, profile=plan.profile, ranges=ranges, replace=replace_it)
-    speak.print(
-        f"{bundle.path} · {bundle.size_mb:.3f} MB · gives the trained student's class for {agreed:.2%} of images"
-    )
-    _tell(plan, bundle, parts, speak)
-    return bundle
+    return find_quantizer("int8").run(learned, plan.calibration, scratch / "made", profile=plan.profile, ranges=ranges)
 
 
 def _find_run(source: Path | None) -> RunFolder:
@@ -285,20 +304,18 @@ def _load(split: Split, count: int) -> Images:
     return unit_interval(split.images.load(split.ids[: max(0, count)]))
 
 
-def _tell(plan: Plan, bundle: Bundle, parts: Parts, speak: Console) -> None:
-    """Says what the training brought, on val."""
-    splits = parts.splits
-    with tempfile.TemporaryDirectory() as folder:
-        before = Path(folder) / "before.onnx"
-        before.write_bytes(plan.quantized.SerializeToString(deterministic=True))
-        correct = {}
-        for name, file in (("fp32", plan.exported.model_path), ("before", before), ("after", bundle.model_path)):
-            predictor = OnnxPredictor(open_session(file), bundle.preprocess, bundle.interface)
-            logits, labels = predict_all(predictor, eval_batches(splits.val, len(splits.classes)))
-            correct[name] = logits.argmax(1) == labels
-    top1 = {name: f"{float(right.double().mean()):.2%}" for name, right in correct.items()}
-    difference, low, high = paired_difference(correct["after"], correct["fp32"])
-    speak.print(
-        f"val top-1 (n={len(labels)}): fp32 {top1['fp32']} · INT8 without training {top1['before']} · "
-        f"with {top1['after']}, {100 * difference:+.2f} points to fp32 ({100 * low:+.2f} to {100 * high:+.2f})"
+def _hold_to(
+    plan: Plan, made: Bundle, judged: JudgedImages, limits: Limits, scratch: Path
+) -> tuple[Verdict, dict[str, Any]]:
+    """The verdict and what it rests on, among it the drop of the INT8 file that the training began from."""
+    file = scratch / "before.onnx"
+    file.write_bytes(plan.quantized.SerializeToString(deterministic=True))
+    untrained = OnnxPredictor(open_session(file), plan.exported.preprocess, plan.exported.interface)
+    before = find_drop(open_bundle(plan.exported), untrained, judged, made.num_classes)
+    verdict, evidence = hold_to(
+        plan.exported, made, judged, limits, profile=plan.profile, calibration=plan.calibration, scratch=scratch
     )
+    if before is not None and verdict.drop is not None:
+        console().print(f"top-1 drops without training by {before.told}, with it by {verdict.drop.told}")
+        evidence["without_training"] = asdict(before)
+    return verdict, evidence

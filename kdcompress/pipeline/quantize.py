@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,24 +11,18 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from kdcompress.bundle import Bundle, read_bundle
+from kdcompress.bundle import Bundle
 from kdcompress.data import Splits, build_views, pick_views, unit_interval
-from kdcompress.errors import GateError, InputError, KdcompressError
+from kdcompress.errors import InputError
 from kdcompress.export import walk
-from kdcompress.files import atomic_folder, require_empty
-from kdcompress.gate import LEAST_RESTARTS, Verdict, judge, write_verdict
-from kdcompress.latency import Latency
+from kdcompress.files import require_empty
 from kdcompress.networks import TeacherEnsemble
 from kdcompress.pipeline._gate import (
     JudgedImages,
-    evidence_of,
-    find_drop,
     judged_images,
     load_images,
     load_labelled,
-    race,
     runs_here,
-    speed_ups,
     student_saw,
 )
 from kdcompress.pipeline._int8_search import CalibrationChoice, Candidate, LayerSensitivity, Search, find_sensitivity
@@ -42,11 +35,10 @@ from kdcompress.pipeline._source import (
     find_splits,
 )
 from kdcompress.pipeline._teachers import open_teacher, read_checkpoints, sample_of
+from kdcompress.pipeline._verdict import Limits, advice, hold_to, keep
 from kdcompress.pipeline.base import console
-from kdcompress.quantize import find_quantizer
 from kdcompress.quantize.int8 import Int8Source
 from kdcompress.report.trade_off import TRADE_OFF_FILE, draw_trade_off, sensitivity_table, tried_table
-from kdcompress.runtimes import open_bundle
 from kdcompress.types import Images, Logits
 
 Reference: TypeAlias = Literal["student", "ensemble"]
@@ -55,33 +47,6 @@ FEW_CALIBRATION_IMAGES = 300
 """With fewer the ranges depend on which ones they are."""
 _SENSITIVITY_IMAGES = 64
 _CHOOSING_IMAGES = 2500
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the gate asks for.
-
-    Args:
-        max_drop: of top-1, a fraction of 1, at the upper end of its interval.
-        min_speed_up: over the best of fp32 and fp16, at the lower end of its interval.
-        batch_size: images in a call.
-        threads: that a model may use.
-        restarts: processes; 0: nothing is timed, and nothing recommended.
-
-    Raises:
-        InputError: too few processes.
-    """
-
-    max_drop: float = 0.01
-    min_speed_up: float = 1.0
-    batch_size: int = 1
-    threads: int = 1
-    restarts: int = LEAST_RESTARTS
-
-    def __post_init__(self) -> None:
-        if 0 < self.restarts < LEAST_RESTARTS:
-            what = f"{self.restarts} process(es) say nothing about speed, {LEAST_RESTARTS} are the least"
-            raise InputError(what, where="--restarts", fix="0 measures nothing, and recommends nothing")
 
 
 @dataclass(frozen=True)
@@ -154,22 +119,12 @@ def quantize(
         choice = choose(prepared, judged, asked, scratch, calibration, mixed, sensitivity, ask)
         compared = load_images(judged.confirm or judged.choose)
         made = prepared.write(choice.candidate.scheme, scratch / "made", images=compared)
-        verdict, evidence = hold_to(prepared, made, judged, asked, images, scratch)
+        verdict, evidence = hold_to(bundle, made, judged, asked, profile=chosen, calibration=images, scratch=scratch)
         evidence |= {"tried": choice.tried, "sensitivity": [asdict(layer) for layer in choice.layers]}
-        speak.print(f"gate · {verdict.answer}")
-        for sentence in (*verdict.reasons, *([judged.note] if judged.note else [])):
-            speak.print(f"  {sentence}")
-        if verdict.answer == "fail" and not force:
-            fix = "nothing was kept; --force keeps it all the same"
-            raise GateError(f"INT8 fails the gate. {verdict.failures[0]}", where=str(start.bundle.path), fix=fix)
-        with atomic_folder(folder, replace=out is None) as place:
-            shutil.copytree(made.path, place, dirs_exist_ok=True)
-            write_verdict(place, verdict, made.digest, evidence)
-            (place / TRADE_OFF_FILE).write_text(draw_trade_off(choice.tried), encoding="utf-8")
+        drawing = {TRADE_OFF_FILE: draw_trade_off(choice.tried)}
+        kept = keep(made, verdict, evidence, folder, judged=judged, force=force, replace=out is None, files=drawing)
         smaller = bundle.size_mb / made.size_mb
-    kept = read_bundle(folder)
-    advice = "recommended" if verdict.answer == "pass" else "not recommended"
-    told = f"{kept.size_mb:.3f} MB ({smaller:.1f} × smaller) · calibrated on {len(images)} images · {advice}"
+    told = f"{kept.size_mb:.3f} MB ({smaller:.1f} × smaller) · calibrated on {len(images)} images · {advice(verdict)}"
     speak.print(f"{kept.path} · {told}")
     return kept
 
@@ -214,56 +169,6 @@ def choose(
     if layers:
         console().print(sensitivity_table([asdict(layer) for layer in layers]))
     return Choice(candidate, tried, layers)
-
-
-def hold_to(
-    source: Int8Source, made: Bundle, judged: JudgedImages, limits: Limits, calibration: Images, scratch: Path
-) -> tuple[Verdict, dict[str, Any]]:
-    """The verdict on a bundle, and what it rests on.
-
-    Args:
-        source: what it was made from.
-        made: the INT8 bundle.
-        judged: the images that decide.
-        limits: what is asked for.
-        calibration: training images, to make the rival in fp16 on.
-        scratch: a folder for that rival.
-    """
-    drop = find_drop(open_bundle(source.bundle), open_bundle(made), judged, made.num_classes)
-    latency: Mapping[str, Latency] = {}
-    if limits.restarts > 0 and runs_here(source.profile):
-        rivals = {"fp32": source.bundle, **half_precision(source, calibration, scratch)}
-        console().print(f"latency of {', '.join(rivals)} and int8 in turns, {limits.restarts} processes")
-        latency = race(
-            {**rivals, "int8": made},
-            batch_size=limits.batch_size,
-            threads=limits.threads,
-            restarts=limits.restarts,
-        )
-    evidence = evidence_of(latency)
-    protocol = latency["int8"].protocol if latency else {}
-    verdict = judge(
-        drop,
-        speed_ups(latency, "int8") if latency else (),
-        max_drop=limits.max_drop,
-        min_speed_up=limits.min_speed_up,
-        measured_on=f"{protocol['runtime']} · {evidence['machine']['cpu']}" if latency else "",
-        unjudged=judged.unjudged,
-    )
-    return verdict, evidence
-
-
-def half_precision(source: Int8Source, calibration: Images, scratch: Path) -> dict[str, Bundle]:
-    """The rival in fp16, where the profile has one and this network can be written so."""
-    if "fp16" not in source.profile.precisions:
-        return {}
-    try:
-        return {
-            "fp16": find_quantizer("fp16").run(source.bundle, calibration, scratch / "fp16", profile=source.profile)
-        }
-    except KdcompressError as error:
-        console().print(f"note: no fp16 to compare with: {error.what}")
-        return {}
 
 
 def sensitivity_images(start: Source, splits: Splits, reference: Reference) -> tuple[Images, Logits | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,15 +15,21 @@ from onnx import numpy_helper
 from tests.cli.conftest import Shop
 
 
+def gate(bundle: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((bundle / "gate.json").read_text(encoding="utf-8"))
+    return found
+
+
 @pytest.fixture(scope="module")
 def run(shop: Shop) -> Path:
     """A copy of the student's run, and what was said when it was trained on."""
     folder = shop.folder / "rounded"
     shutil.copytree(shop.folder / "run", folder)
     shop.must("quantize", "rounded", "--for", "ort-x86", "--restarts", "0", "--force")
-    said = shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "train.epochs=3")
+    said = shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "--restarts", "0", "train.epochs=3")
     assert "rounded/onnx-int8-ort-x86-qat" in said
-    assert "INT8 without training" in said
+    assert "top-1 drops without training by" in said
+    assert "gate · unmeasured on target" in said
     return folder
 
 
@@ -44,6 +51,33 @@ def test_the_run_holds_both_files_and_the_training(shop: Shop, run: Path) -> Non
     }
     events = [json.loads(line) for line in (training / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2, 3]
+
+
+def test_the_gate_judges_it_against_the_student_of_the_run(run: Path) -> None:
+    assert (run / "onnx-fp32" / "model.onnx").is_file()
+    found = gate(run / "onnx-int8-ort-x86-qat")
+    drop, before = found["verdict"]["drop"], found["evidence"]["without_training"]
+    assert drop["images"] == before["images"] == "holdout"
+    assert drop["n"] == before["n"] > 0
+    after_training = gate(run / "onnx-int8-ort-x86")["verdict"]["drop"]
+    assert after_training["images"] == "second half of holdout", "there something was chosen, here nothing is"
+
+
+def test_what_fails_the_gate_is_not_kept(shop: Shop, run: Path) -> None:
+    words = ("--qat", "rounded", "--for", "auto", "--max-drop", "100", "--min-speed-up", "1000", "train.epochs=1")
+    done = shop.warm.start("quantize", *words, "--out", "kept", folder=shop.folder).finish(seconds=500)
+    assert done.code == 1
+    assert "INT8 fails the gate. Speed: " in done.error
+    assert "--resume --force keeps it" in done.error
+    assert not (shop.folder / "kept").exists()
+
+
+def test_nothing_is_recommended_for_what_was_not_measured(shop: Shop, run: Path) -> None:
+    said = shop.must("quantize", "--qat", "rounded", "--for", "jetson-orin", "--max-drop", "100", "train.epochs=1")
+    assert "latency of" not in said
+    assert "not recommended" in said.splitlines()[-1]
+    verdict = gate(run / "onnx-int8-jetson-orin-qat")["verdict"]
+    assert (verdict["answer"], verdict["speed_ups"]) == ("unmeasured on target", [])
 
 
 def test_the_provenance_tells_of_the_training_and_of_the_agreement(run: Path) -> None:
@@ -73,7 +107,7 @@ def test_the_report_lists_both(shop: Shop, run: Path) -> None:
 def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Shop, run: Path) -> None:
     folder = run / "qat" / "ort-x86"
     weights = (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes()
-    shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "train.epochs=3")
+    shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "--restarts", "0", "train.epochs=3")
     assert (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes() == weights, "the same from the same"
     shutil.rmtree(folder / "onnx-fp32")  # as if it had been stopped at the end
     refused = shop.run("quantize", "--qat", "rounded", "--for", "ort-x86")
@@ -82,7 +116,7 @@ def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Sho
     changed = shop.run("quantize", "--qat", "rounded", "--for", "ort-x86", "--resume", "train.epochs=4")
     assert changed.code == 2
     assert "train.epochs: 3 → 4" in changed.err
-    shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "--resume")
+    shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "--restarts", "0", "--resume")
     assert (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes() == weights
 
 
@@ -92,7 +126,7 @@ def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Sho
         (("--qat", "run/student"), "it has no teachers to learn from"),
         (("--qat", "run", "data.limit=50"), "data.limit is the run's"),
         (("--qat", "run", "--fp16"), "--qat does not go with --fp16"),
-        (("--qat", "run", "--max-drop", "1"), "--qat does not go with --max-drop"),
+        (("--qat", "run", "--calibration", "auto"), "--qat does not go with --calibration"),
         (("run", "--fp16", "--max-drop", "1"), "--fp16 does not go with --max-drop"),
         (("--qat", "a/model.pt"), "is not a run"),
         (("--qat", "run", "--resume"), "there is no training to resume"),
