@@ -24,7 +24,7 @@ from kdcompress.discovery import check_options
 from kdcompress.display import open_display
 from kdcompress.evaluate import evaluate
 from kdcompress.execution import Execution
-from kdcompress.init import initialise, resolve_init
+from kdcompress.init import Blocks, initialise, resolve_init
 from kdcompress.latency import describe_machine, versions
 from kdcompress.live_teachers import LiveTeachers
 from kdcompress.methods.base import Method, find_method
@@ -49,7 +49,7 @@ def open_teachers(paths: list[str], splits: Splits) -> list[Teacher]:
     ]
 
 
-def build_student(arch: str, init: str, seed: int, splits: Splits, teachers: list[Teacher]) -> Student:
+def build_student(arch: str, init: str, blocks: Blocks, seed: int, splits: Splits, teachers: list[Teacher]) -> Student:
     """The student as `kdcompress distill --init` starts it."""
     torch.manual_seed(seed)
     channels, height, _ = splits.image_shape
@@ -58,7 +58,7 @@ def build_student(arch: str, init: str, seed: int, splits: Splits, teachers: lis
     networks = [teacher.network for teacher in teachers]
     decision = resolve_init(init, arch, network, networks)
     if decision.kind != "random":
-        initialise(network, decision, arch=arch, arch_args={}, teachers=networks, **arguments)
+        initialise(network, decision, arch=arch, arch_args={}, teachers=networks, blocks=blocks, **arguments)
     source = teachers[decision.teacher or 0].preprocess
     preprocess = Preprocess(*splits.image_shape, source.mean, source.std)
     return Student(network, preprocess, arch=arch, arch_args={}, num_classes=len(splits.classes), in_channels=channels)
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--student", default="resnet20")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--init", default="teacher")
+    parser.add_argument("--init-blocks", default="even", choices=["even", "first-two-and-last"])
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--limit", type=int, default=10_000)
@@ -118,7 +119,7 @@ def main() -> None:
     judged = splits.holdout if chosen.on_holdout else splits.test
     setting = {
         name: getattr(chosen, name)
-        for name in ("student", "init", "lr", "limit", "epochs", "batch_size", "precision", "on_holdout")
+        for name in ("student", "init", "init_blocks", "lr", "limit", "epochs", "batch_size", "precision", "on_holdout")
     }
     setting["teachers"] = [Path(path).name for path in chosen.teachers]
     known = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
@@ -127,7 +128,10 @@ def main() -> None:
             any((r["method"], r["seed"], r["setting"]) == (m, seed, setting) for r in known) for m in chosen.methods
         ):
             continue
-        students = [build_student(chosen.student, chosen.init, seed, splits, teachers) for _ in chosen.methods]
+        students = [
+            build_student(chosen.student, chosen.init, chosen.init_blocks, seed, splits, teachers)
+            for _ in chosen.methods
+        ]
         methods = [build_method(name, seed, s, teachers) for name, s in zip(chosen.methods, students, strict=True)]
         views = build_views("crop-flip", image_shape=splits.image_shape, padding=4, num_images=len(splits.train))
         loader = TrainLoader(splits.train, views, num_classes=10, batch_size=chosen.batch_size, seed=seed)
@@ -139,7 +143,7 @@ def main() -> None:
             loader,
             epochs=chosen.epochs,
             optimisation=Optimisation(lr=chosen.lr),
-            out=chosen.runs / f"{chosen.init}-seed{seed}",
+            out=chosen.runs / f"{chosen.init}-{chosen.init_blocks}-seed{seed}",
             display=open_display(),
             seed=seed,
             execution=Execution(chosen.precision),

@@ -19,7 +19,7 @@ from kdcompress.errors import InputError, ShapeError
 from kdcompress.models import build_network, published_weights
 from kdcompress.teachers import read_weights
 
-Blocks: TypeAlias = Literal["first-two-and-last", "even"]
+Blocks: TypeAlias = Literal["even", "first-two-and-last"]
 Kind: TypeAlias = Literal["pretrained", "file", "teacher", "random"]
 Indices: TypeAlias = tuple[int | None, ...]
 
@@ -131,7 +131,7 @@ def resolve_init(
             fix = "drop --offline, or use --init teacher, random or FILE"
             raise InputError(f"the weights of {published.name} are not on this machine", where="--offline", fix=fix)
         return InitDecision("pretrained", f"asked for ({published.name})", licence=published.licence)
-    fits = [_plan(student, teacher, "first-two-and-last").share for teacher in teachers]
+    fits = [_plan(student, teacher, "even").share for teacher in teachers]
     # Of teachers that fit alike the smallest, from which the fewest blocks are dropped.
     order = sorted(range(len(teachers)), key=lambda index: (-fits[index], _size(teachers[index]), index))
     if choice == "teacher" or choice.startswith("teacher:"):
@@ -160,7 +160,7 @@ def initialise(
     in_channels: int,
     image_size: int | None = None,
     teachers: Sequence[nn.Module] = (),
-    blocks: Blocks = "first-two-and-last",
+    blocks: Blocks = "even",
 ) -> InitReport:
     """Puts the weights decided upon into a student's bare network, in place.
 
@@ -196,7 +196,7 @@ def initialise(
 
 
 def init_from_teacher(
-    student: nn.Module, teacher: nn.Module, blocks: Blocks = "first-two-and-last", *, copy_head: bool = True
+    student: nn.Module, teacher: nn.Module, blocks: Blocks = "even", *, copy_head: bool = True
 ) -> InitReport:
     """Copies a teacher's weights where names and shapes agree, blocks of a deeper teacher as `blocks` chooses.
 

@@ -71,7 +71,7 @@ class StudentSection(Section):
     arch: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
     init: str = "auto"
-    init_blocks: Literal["first-two-and-last", "even"] = "first-two-and-last"
+    init_blocks: Literal["even", "first-two-and-last"] = "even"
     stages: tuple[str, ...] | None = None
 
 
