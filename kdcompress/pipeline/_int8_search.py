@@ -25,6 +25,8 @@ CalibrationChoice: TypeAlias = Literal["minmax", "entropy", "percentile", "auto"
 
 _WORTH = 1.05
 """Quantizing less must be so much faster to be preferred."""
+_WORTH_PACKING = 1.02
+"""As for `_WORTH`, where the answers are the same."""
 _MOST_KEPT = 0.5
 """At most this part of the layers is tried in fp32; with more there is little left to gain."""
 
@@ -146,14 +148,17 @@ class Search:
         return min(found, key=lambda candidate: candidate.divergence)
 
     def laid_out(self, first: Candidate) -> Candidate:
-        """The fastest of quantizing everything, dense layers only, and late dense layers only."""
+        """The fastest of quantizing everything, packed or not, dense layers only, and late dense layers only."""
         if self._timing is None:
             return first
-        others: list[Layout] = ["dense", "late"]
+        others: list[Layout] = ["packed", "dense", "late"] if self.source.packs else ["dense", "late"]
         candidates = [first, *(self.attempt(replace(first.scheme, layout=layout)) for layout in others)]
-        timed = self.timed(candidates)
-        fastest = max(timed, key=lambda candidate: candidate.speed_up or 0.0)
-        return fastest if (fastest.speed_up or 0.0) > _WORTH * (timed[0].speed_up or 0.0) else timed[0]
+        best, *rest = self.timed(candidates)
+        for candidate in rest:
+            worth = _WORTH_PACKING if candidate.scheme.layout == "packed" else _WORTH
+            if (candidate.speed_up or 0.0) > worth * (best.speed_up or 0.0):
+                best = candidate
+        return best
 
     def mixed(self, first: Candidate, order: Sequence[LayerSensitivity], max_drop: float) -> Candidate:
         """Keeps the most sensitive layers in fp32, one, two, four … of them, until the drop is within the limit.

@@ -26,6 +26,7 @@ from kdcompress.errors import VerificationError
 from kdcompress.onnx_graph import ModelProto, NodeProto
 from kdcompress.profiles import Profile
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
+from kdcompress.quantize._pack import find_rows, pack_rows
 from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
 from kdcompress.runtimes.onnxruntime_runtime import first_line
 
@@ -77,6 +78,12 @@ class FloatModel:
             self._model = onnx.shape_inference.infer_shapes(model)
         except Exception as error:  # onnx raises what any part of it raises
             raise _refused(path, error) from error
+        self._rows = () if profile.skip_only else find_rows(self._model)
+
+    @property
+    def packs(self) -> bool:
+        """Whether there is a convolution for which the layout "packed" differs from "all"."""
+        return bool(self._rows)
 
     def layers(self) -> dict[str, str]:
         """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
@@ -124,6 +131,9 @@ class FloatModel:
         try:
             model = onnx.ModelProto()
             model.CopyFrom(self._model)
+            if scheme.layout == "packed" and only is None:
+                same = pack_rows(model, [row for row in self._rows if row.node not in scheme.keep])
+                pairs |= {new: pairs[old] for new, old in same.items() if old in pairs}
             quantizer = QDQQuantizer(
                 model,
                 profile.per_channel,
@@ -167,7 +177,7 @@ class FloatModel:
 
     def _layout(self, layout: Layout) -> tuple[Sequence[str], list[str]]:
         """The operators to quantize, and the nodes among them to leave out."""
-        if layout == "all":
+        if layout in ("all", "packed"):
             return self.profile.operators, []
         weights = {item.name: item for item in self._model.graph.initializer}
         layers = [node for node in self._model.graph.node if node.name in self.layers()]

@@ -24,7 +24,7 @@ Ranges: TypeAlias = Mapping[str, tuple[float, int]]
 """Tensor of an ONNX graph -> its scale, a 32-bit number, and its zero point."""
 
 CalibrationMethod: TypeAlias = Literal["minmax", "entropy", "percentile"]
-Layout: TypeAlias = Literal["all", "dense", "late"]
+Layout: TypeAlias = Literal["all", "packed", "dense", "late"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Scheme:
 
     Args:
         calibration: how the ranges of activations are found.
-        layout: "all": every operator of the profile; "dense": the convolutions and matrix products of 8 or more
-            channels, no depthwise ones and none that see a single position, and nothing between them; "late": those
-            among the second half of the layers.
+        layout: "all": every operator of the profile; "packed": the same, and convolutions of few channels compute
+            several neighbouring positions at once, with the same answers; "dense": the convolutions and matrix
+            products of 8 or more channels, no depthwise ones and none that see a single position, and nothing between
+            them; "late": those among the second half of the layers.
         keep: names of nodes that stay in fp32 besides.
     """
 

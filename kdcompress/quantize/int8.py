@@ -77,6 +77,11 @@ class Int8Source:
         """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
         return self._model.layers()
 
+    @property
+    def packs(self) -> bool:
+        """Whether there is a convolution for which the layout "packed" differs from "all"."""
+        return self._model.packs
+
     def quantized(self, scheme: Scheme, only: str | None = None) -> bytes:
         """The INT8 file, not on disk yet; with `only`, of one layer and all else in fp32.
 

@@ -57,7 +57,7 @@ def run_session(session: Any, images: Images, interface: Interface) -> Logits:
         except Exception as error:
             raise ShapeError(f"the model does not take images of shape {padded.shape}: {first_line(error)}") from error
         answers.append(torch.from_numpy(answer)[: len(chunk)])
-    found = torch.cat(answers)
+    found = torch.cat(answers) if len(answers) > 1 else answers[0]
     return found if interface.output == "logits" else found.clamp(min=torch.finfo(found.dtype).tiny).log()
 
 
