@@ -13,10 +13,20 @@ from typing import Any, ClassVar
 from torch import nn
 
 from kdcompress.discovery import Card, check_options, find_class, list_names, read_card
-from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Step
+from kdcompress.errors import RecipeError
+from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Share, Step
 from kdcompress.weightings.base import diagnose
 
-__all__ = ["Method", "card", "check_options", "diagnose", "find_method", "list_methods", "without_features"]
+__all__ = [
+    "Method",
+    "card",
+    "check_options",
+    "diagnose",
+    "find_method",
+    "list_methods",
+    "require_terms",
+    "without_features",
+]
 
 PACKAGE = "kdcompress.methods"
 
@@ -32,6 +42,8 @@ class Method(nn.Module, ABC):
     """
 
     paper: ClassVar[str]
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it was built, as sentences without a full stop."""
 
     def __init__(self, shapes: NetworkShapes, heads: Sequence[Head | None] = ()) -> None:
         super().__init__()
@@ -79,6 +91,25 @@ def card(name: str) -> Card:
         InputError: there is none of that name.
     """
     return read_card(PACKAGE, name)
+
+
+def require_terms(weights: Mapping[str, float | Share]) -> None:
+    """Refuses weights under which nothing would be learned.
+
+    Args:
+        weights: of the terms that act from the first step on, by name.
+
+    Raises:
+        RecipeError: no term has a fixed weight above 0. Shares are shares of a whole that has one.
+    """
+    fixed = [name for name, weight in weights.items() if not isinstance(weight, Share)]
+    if any(weights[name] for name in fixed):
+        return
+    shares = [name for name, weight in weights.items() if isinstance(weight, Share) and weight.value]
+    rest = f", and {', '.join(shares)} are shares of what they make" if shares else ", and there is no other term"
+    raise RecipeError(
+        f"the weights of {', '.join(fixed)} are all 0{rest}", where="method", fix="a weight above 0 for one of them"
+    )
 
 
 def without_features(step: Step) -> Step:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from kdcompress.errors import ShapeError
 from kdcompress.logit_losses import LogitLoss, LossName, Mix
 from kdcompress.losses import cross_entropy, full_precision, global_average, without_autocast
-from kdcompress.methods.base import Method
+from kdcompress.methods.base import Method, require_terms
 from kdcompress.regressors import Regressor
 from kdcompress.types import (
     FeatureForm,
@@ -82,6 +82,7 @@ class CAMKD(Method):
         mix: what the weights mix: "losses" (one for each teacher), "targets" (probabilities) or "logits".
 
     Raises:
+        RecipeError: no term acts from the first step on.
         ShapeError: the student has no feature maps.
     """
 
@@ -114,7 +115,15 @@ class CAMKD(Method):
         self.scale = 1 / max(1, len(shapes.teachers)) if normalise == "official" else 1.0
         split_off = {number: head for number, head in enumerate(heads) if head is not None} if hint_weight else {}
         if hint_pool == "pooled":
-            split_off = {n: head for n, head in split_off.items() if reads_the_mean(head, _last(shapes.teachers[n]))}
+            pooled = {n: head for n, head in split_off.items() if reads_the_mean(head, _last(shapes.teachers[n]))}
+            self.notes = tuple(
+                f"the classifier of teacher {number + 1} reads more than the mean over the positions: with "
+                "method.hint_pool=pooled it has no part in the hints"
+                for number in split_off.keys() - pooled.keys()
+            )
+            split_off = pooled
+        hints = {} if hint_from or not split_off else {"hints": hint_weight}
+        require_terms({"labels": label_weight, "soft_targets": soft_target_weight, **hints})
         if split_off and not shapes.student:
             raise ShapeError(
                 "the student has no feature maps for hints", fix="name its stages, or method.hint_weight=0"

@@ -18,7 +18,7 @@ Loss
     L = α labels + β (L_DD + β₁ L_AD + β₂ peers) + γ self; T² is ours, so that T does not change the strength.
     The sources at hand give no value of α, β, γ, β₁, β₂, T or the number of epochs. The defaults here are ours: weight
     1 for labels, peers, self and teachers, T = 4, and a twentieth and a tenth of the gradient for distances and angles
-    (1 : 2 as in RKD).
+    (1 : 2 as in RKD); distance_weight and angle_weight give these two plain weights instead.
 Paper
     Sun et al., Collaborative teacher-student learning via multiple knowledge transfer, 2021, arXiv 2101.08471.
 Use
@@ -49,7 +49,7 @@ from kdcompress.losses import (
     relation_distances,
     soft_targets,
 )
-from kdcompress.methods.base import Method
+from kdcompress.methods.base import Method, require_terms
 from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Outputs, Scalar, Share, Step, Term
 from kdcompress.weightings.uniform import Uniform
 
@@ -59,6 +59,7 @@ MOST_STUDENTS = 16
 DISTANCE_SHARE = 0.05
 ANGLE_SHARE = 0.1
 SELF_WEIGHT = 1.0
+NOTHING = (0.0, Share(0.0))
 
 
 class CTSLMKT(Method):
@@ -72,11 +73,14 @@ class CTSLMKT(Method):
         peer_weight: β · β₂ of the paper.
         distance_share: of the gradient on the student's backbone; β of the paper.
         angle_share: of the gradient on the student's backbone; β · β₁ of the paper.
+        distance_weight: a fixed weight in the place of `distance_share`: β of the paper as a number.
+        angle_weight: a fixed weight in the place of `angle_share`: β · β₁ of the paper as a number.
         self_weight: γ of the paper; with 0 no student is trained alone first.
         soft_target_weight: of the teachers, where there are any.
         relations: between "logits" or between "features".
 
     Raises:
+        RecipeError: no term has a fixed weight above 0.
         ShapeError: relations between features of a student that has none.
     """
 
@@ -92,6 +96,8 @@ class CTSLMKT(Method):
         peer_weight: Weight = 1.0,
         distance_share: Part = DISTANCE_SHARE,
         angle_share: Part = ANGLE_SHARE,
+        distance_weight: Weight | None = None,
+        angle_weight: Weight | None = None,
         self_weight: Weight = SELF_WEIGHT,
         soft_target_weight: Weight = 1.0,
         relations: Literal["logits", "features"] = "logits",
@@ -103,21 +109,27 @@ class CTSLMKT(Method):
         self.temperature = temperature
         self.label_weight = label_weight
         self.peer_weight = peer_weight
-        self.distance_share = distance_share
-        self.angle_share = angle_share
+        self.distance_weight = _felt(distance_share, distance_weight)
+        self.angle_weight = _felt(angle_share, angle_weight)
         self.self_weight = self_weight
         self.soft_target_weight = soft_target_weight
         self.relations = relations
+        teachers = {"soft_targets": soft_target_weight} if shapes.teachers else {}
+        relating = {"distances": self.distance_weight, "angles": self.angle_weight}
+        require_terms({"labels": label_weight, "peers": peer_weight, "self": self_weight, **teachers, **relating})
 
     @classmethod
     def needs(cls, **options: Any) -> Needs:
         """Two students or more and each one's own copy; teachers if there are any."""
-        shares = options.get("distance_share", DISTANCE_SHARE), options.get("angle_share", ANGLE_SHARE)
+        relating = (
+            _felt(options.get("distance_share", DISTANCE_SHARE), options.get("distance_weight")),
+            _felt(options.get("angle_share", ANGLE_SHARE), options.get("angle_weight")),
+        )
         return Needs(
             teachers=(0, 64),
             student_features=("*",) if options.get("relations") == "features" else (),
             self_teacher=bool(options.get("self_weight", SELF_WEIGHT)),
-            batch_relations=any(shares),
+            batch_relations=any(weight not in NOTHING for weight in relating),
             students=(2, MOST_STUDENTS),
         )
 
@@ -130,12 +142,12 @@ class CTSLMKT(Method):
             error = self._mean_over_peers(step, lambda peer: self._kl(peer.logits, logits, 1.0))
             terms["peers"] = Term(error, self.peer_weight)
         points = self._points(step.student)
-        if self.distance_share:
+        if self.distance_weight not in NOTHING:
             error = self._mean_over_peers(step, lambda peer: relation_distances(points, self._points(peer)))
-            terms["distances"] = Term(error, Share(self.distance_share))
-        if self.angle_share:
+            terms["distances"] = Term(error, self.distance_weight)
+        if self.angle_weight not in NOTHING:
             error = self._mean_over_peers(step, lambda peer: relation_angles(points, self._points(peer)))
-            terms["angles"] = Term(error, Share(self.angle_share))
+            terms["angles"] = Term(error, self.angle_weight)
         if self.self_weight:
             if step.self_teacher is None:
                 raise ShapeError("this method learns from the student's own copy, and the step has none")
@@ -155,3 +167,8 @@ class CTSLMKT(Method):
         if self.relations == "logits":
             return outputs.logits
         return full_precision(outputs.features[list(outputs.features)[-1]]).mean((2, 3))
+
+
+def _felt(share: float, weight: float | None) -> float | Share:
+    """A fixed weight where there is one, else the share."""
+    return Share(share) if weight is None else weight

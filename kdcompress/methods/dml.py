@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from kdcompress.losses import cross_entropy, full_precision, kl_divergence
-from kdcompress.methods.base import Method
+from kdcompress.methods.base import Method, require_terms
 from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Step, Term
 
 Weight = Annotated[float, Field(ge=0)]
@@ -41,6 +41,9 @@ class DML(Method):
         label_weight: of the cross entropy to the labels.
         peer_weight: of the mean KL to the peers' answers.
         temperature: T of both sides of that KL, which is multiplied by T².
+
+    Raises:
+        RecipeError: every weight is 0.
     """
 
     paper: ClassVar[str] = "arXiv 1706.00384"
@@ -55,6 +58,7 @@ class DML(Method):
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ) -> None:
         super().__init__(shapes, heads)
+        require_terms({"labels": label_weight, "peers": peer_weight})
         self.label_weight = label_weight
         self.peer_weight = peer_weight
         self.temperature = temperature

@@ -32,7 +32,7 @@ from torch import Tensor
 from kdcompress.errors import ShapeError
 from kdcompress.logit_losses import LogitLoss, LossName, Mix
 from kdcompress.losses import cross_entropy, full_precision, relation_angles, relation_distances
-from kdcompress.methods.base import Method
+from kdcompress.methods.base import Method, require_terms
 from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Outputs, Share, Step, Term
 from kdcompress.weightings.base import teachers_of
 from kdcompress.weightings.uniform import Uniform
@@ -59,6 +59,7 @@ class RKD(Method):
         mix: what is averaged for the soft targets: "targets" (probabilities), "logits" or "losses".
 
     Raises:
+        RecipeError: the weights of the soft targets and of the labels are both 0.
         ShapeError: relations between features of a network that has none.
     """
 
@@ -82,6 +83,8 @@ class RKD(Method):
         super().__init__(shapes, heads)
         if relations == "features" and not all([shapes.student, *shapes.teachers]):
             raise ShapeError("a network has no feature maps to relate", fix="method.relations=logits")
+        shares = {"distances": Share(distance_share), "angles": Share(angle_share)}
+        require_terms({"soft_targets": soft_target_weight, "labels": label_weight, **shares})
         self.weighting = Uniform(shapes)
         self.logit_loss = LogitLoss(loss, temperature, standardise, mix, shapes.num_classes)
         self.soft_target_weight = soft_target_weight

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdcompress.discovery import check_options
 from kdcompress.errors import RecipeError
-from kdcompress.methods.base import find_method
+from kdcompress.methods.base import find_method, list_methods
 from kdcompress.recipe import Recipe, build_recipe, list_recipes, merge, parse_override, read_recipe
 
 REFERENCE = "avg-kd"
@@ -120,6 +120,8 @@ def parse_method(word: str) -> tuple[str, dict[str, Any]]:
     """
     head, colon, tail = word.rpartition(":")
     if not colon or "=" not in tail:
+        if colon and head in list_methods():
+            raise RecipeError(f"{tail!r} is no option", where=f"--methods {word}", fix=f"{head}:NAME=VALUE,…")
         return word, {}
     options = {}
     for option in re.split(r",(?=\s*[a-z_][a-z_0-9]*=)", tail):

@@ -175,10 +175,12 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
         raise InputError(
             f"{count} teachers, {asked.method.name} takes " + (f"{least}" if least == most else f"{least} to {most}"),
             where="--teachers",
-            fix="kdcompress distill --teachers a.pt b.pt c.pt" if least else "",
+            fix="--teachers a.pt b.pt c.pt" if least else "",
         )
     if asked.data.mixup_alpha and not needs.mixup_allowed:
-        raise RecipeError(f"{asked.method.name} cannot learn from mixed images", where="data.mixup_alpha", fix="0")
+        raise RecipeError(
+            f"{asked.method.name} with these options cannot learn from mixed images", where="data.mixup_alpha", fix="0"
+        )
     require_students(asked, needs)
     require_sampling(asked, needs)
     if asked.train.sync_batchnorm and ranks.size() > 1 and choose_device(asked.train.device).type != "cuda":
@@ -228,6 +230,7 @@ def prepare(asked: Recipe, speak: Console, *, offline: bool, materials: Material
     ]
     shapes = [NetworkShapes(len(splits.classes), one.student.feature_shapes, teacher_shapes) for one in started]
     methods = tuple(method_class(of_one, heads, **options) for of_one in shapes)
+    notes += dict.fromkeys(note for method in methods for note in method.notes)
     for note in notes:
         speak.print(f"note: {note}")
 

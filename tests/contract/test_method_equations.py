@@ -13,7 +13,7 @@ from kdcompress.discovery import list_options
 from kdcompress.methods.base import find_method
 from kdcompress.types import Share, Step
 from kdcompress.weightings.uniform import Uniform
-from tests.contract.test_methods import CASES, build, shapes_for, step_for
+from tests.contract.test_methods import CASES, METHOD_TERMS, build, shapes_for, step_for
 from tests.made_steps import TinyStudent
 
 Array = NDArray[np.float64]
@@ -149,6 +149,7 @@ def test_terms_have_the_share_of_the_gradient_that_they_ask_for(name: str, optio
         (factors[term_name] * term.value).backward(retain_graph=True)  # type: ignore[no-untyped-call]
         gradients = [array(parameter.grad).ravel() for parameter in backbone if parameter.grad is not None]
         norms[term_name] = float(np.linalg.norm(np.concatenate(gradients))) if gradients else 0.0
+    assert all(norm > 0 for term_name, norm in norms.items() if term_name not in METHOD_TERMS)
     for term_name, weight in weights.items():
         if isinstance(weight, Share):
             assert norms[term_name] / sum(norms.values()) == pytest.approx(weight.value, rel=1e-3), term_name

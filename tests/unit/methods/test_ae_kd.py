@@ -34,3 +34,16 @@ def test_one_teacher_is_classic_kd() -> None:
     found, expected = AEKD(shapes)(step).terms, AverageKD(shapes)(step).terms
     torch.testing.assert_close(found["soft_targets"].value, expected["soft_targets"].value)
     assert AEKD.needs(label_weight=0.0).labels == "none"
+
+
+def test_the_cap_and_the_temperature_reach_the_weighting() -> None:
+    """A teacher that agrees with the student would get all the weight; each gets no more than the cap."""
+    shapes = make_shapes(3)
+    step = make_step(shapes)
+    assert step.teachers is not None
+    step.teachers.logits[:, 0] = step.student.logits.detach()
+    for cap in (0.4, 0.9):
+        mean = AEKD(shapes, cap=cap)(step).diagnostics["teacher_weight_mean"]
+        assert float(mean[0]) == pytest.approx(cap, abs=1e-6)
+    cold, warm = (AEKD(shapes, temperature=T)(make_step(shapes)).diagnostics for T in (1.0, 4.0))
+    assert not np.allclose(cold["teacher_weight_mean"], warm["teacher_weight_mean"], atol=1e-3)

@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from kdcompress.errors import InputError
+from kdcompress.discovery import list_options
+from kdcompress.errors import InputError, RecipeError
 from kdcompress.methods import base
+from kdcompress.types import Share
 from tests.made_steps import make_shapes, make_step
 
 OWN = '''
@@ -69,3 +71,20 @@ def test_heldout_steps_lose_their_feature_maps() -> None:
     assert bare.teachers is not None
     assert bare.teachers.features == ({}, {}, {})
     assert bare.student.logits is step.student.logits
+
+
+def test_nothing_to_learn_is_refused_before_anything_runs() -> None:
+    base.require_terms({"labels": 0.0, "peers": 0.5, "angles": Share(0.1)})
+    with pytest.raises(RecipeError, match=r"the weights of labels, peers are all 0, and there is no other term"):
+        base.require_terms({"labels": 0.0, "peers": 0.0, "angles": Share(0.0)})
+    with pytest.raises(RecipeError, match=r"labels are all 0, and angles are shares of what they make"):
+        base.require_terms({"labels": 0.0, "angles": Share(0.1)})
+
+
+@pytest.mark.parametrize("name", ["dml", "rkd", "ctsl-mkt"])
+def test_methods_whose_fixed_weights_are_all_zero_are_refused(name: str) -> None:
+    weights = ("label_weight", "soft_target_weight", "peer_weight", "self_weight")
+    cls = base.find_method(name)
+    options = {option.name: 0.0 for option in list_options(cls) if option.name in weights}
+    with pytest.raises(RecipeError, match="are all 0"):
+        cls(make_shapes(), **options)

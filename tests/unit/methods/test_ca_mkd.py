@@ -203,8 +203,10 @@ def test_pooled_hints_are_those_of_the_mean_maps() -> None:
 def test_a_head_that_reads_positions_has_no_part_in_pooled_hints() -> None:
     shapes = make_shapes()
     heads: list[Head] = [*make_heads(shapes)[:2], lambda features: features.flatten(1)[:, :5]]
-    assert list(CAMKD(shapes, heads, hint_pool="pooled").regressors) == ["0", "1"]
-    assert list(CAMKD(shapes, heads).regressors) == ["0", "1", "2"]
+    pooled, whole = CAMKD(shapes, heads, hint_pool="pooled"), CAMKD(shapes, heads)
+    assert list(pooled.regressors) == ["0", "1"]
+    assert "the classifier of teacher 3 reads more than the mean" in " ".join(pooled.notes)
+    assert (list(whole.regressors), whole.notes) == (["0", "1", "2"], ())
 
 
 def test_needs() -> None:
@@ -218,6 +220,18 @@ def test_a_student_without_maps_is_refused_unless_there_are_no_hints() -> None:
     with pytest.raises(ShapeError, match="hint_weight=0"):
         CAMKD(shapes, make_heads(shapes))
     assert len(CAMKD(shapes, make_heads(shapes), hint_weight=0.0).regressors) == 0
+
+
+def test_something_must_act_from_the_first_step_on() -> None:
+    shapes = make_shapes()
+    assert CAMKD(shapes, make_heads(shapes), label_weight=0.0, soft_target_weight=0.0).regressors
+    for heads, options in (
+        ([], {}),
+        (make_heads(shapes), {"hint_from": 0.5}),
+        (make_heads(shapes), {"hint_weight": 0.0}),
+    ):
+        with pytest.raises(RecipeError, match="are all 0"):
+            CAMKD(shapes, heads, label_weight=0.0, soft_target_weight=0.0, **options)
 
 
 def test_two_classes_cannot_be_standardised() -> None:

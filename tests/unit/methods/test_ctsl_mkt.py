@@ -86,6 +86,9 @@ def test_the_weights_of_the_terms_and_terms_of_weight_zero() -> None:
         "self": 1.0,
         "soft_targets": 1.0,
     }
+    plain = CTSLMKT(shapes, distance_weight=0.3, angle_weight=0.0)
+    weights = {name: term.weight for name, term in plain(step).terms.items()}
+    assert (weights["distances"], "angles" in weights) == (0.3, False)
     only_self = CTSLMKT(
         shapes, label_weight=0.0, peer_weight=0.0, distance_share=0.0, angle_share=0.0, soft_target_weight=0.0
     )
@@ -97,6 +100,8 @@ def test_needs() -> None:
     assert not CTSLMKT.needs(self_weight=0.0).self_teacher
     assert CTSLMKT.needs(relations="features").student_features == ("*",)
     assert CTSLMKT.needs().teachers[0] == 0
+    assert CTSLMKT.needs(distance_share=0.0).batch_relations
+    assert not CTSLMKT.needs(distance_share=0.0, angle_weight=0.0).batch_relations
     with pytest.raises(ShapeError, match="relations=logits"):
         CTSLMKT(NetworkShapes(5, {}), relations="features")
     with pytest.raises(ShapeError, match="own copy"):

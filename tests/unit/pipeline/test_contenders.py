@@ -31,6 +31,11 @@ def test_a_word_is_a_name_and_options(word: str, name: str, options: dict[str, A
     assert parse_method(word) == (name, options)
 
 
+def test_an_option_without_a_value_is_named() -> None:
+    with pytest.raises(RecipeError, match="'temperature' is no option"):
+        parse_method("avg-kd:temperature")
+
+
 def test_the_reference_and_the_baseline_are_always_there_once() -> None:
     assert list(read()) == ["avg-kd", "supervised"]
     assert list(read("ca-mkd", "avg-kd", "ca-mkd")) == ["avg-kd", "supervised", "ca-mkd"]
