@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -101,13 +102,14 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | None, name: str) -> RunFolder:
-        """A new run folder; `runs/<time>-<name>` where no path is given.
+        """A new run folder; `runs/<time>-<name>` where no path is given, the name without what paths give a meaning.
 
         Raises:
             OutputError: the folder is not empty or cannot be made.
         """
         if path is None:
-            return cls(_new_folder(RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
+            plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)  # torchvision/resnet18, my_pkg.my_kd:MyKD
+            return cls(_new_folder(RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{plain}"))
         require_empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)

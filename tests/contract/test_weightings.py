@@ -82,3 +82,12 @@ def test_weights_that_are_the_same_for_all_images_are_no_collapse(name: str) -> 
         assert diagnose(weighting.diagnostics(weights)) == ()
     else:
         assert "teacher_weight_std" in weighting.diagnostics(weights)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_in_which_the_teachers_answered_the_heldout_images_does_not_matter(name: str) -> None:
+    weighting, step = build(name, 3)
+    weights = weighting(step)
+    heldout = make_step(make_shapes(3), batch=120, seed=1)
+    weighting.refit(permute_teachers(heldout, [2, 0, 1], keep_ids=True))
+    torch.testing.assert_close(weighting(step), weights, rtol=1e-4, atol=1e-5)
