@@ -51,10 +51,11 @@ _CHOOSING_IMAGES = 2500
 
 @dataclass(frozen=True)
 class Choice:
-    """The way that was chosen, what else was tried, and the sensitivity of the layers where it was measured."""
+    """The way that was chosen, what was tried, its place there, and the layers' sensitivity where it was measured."""
 
     candidate: Candidate
     tried: list[dict[str, Any]]
+    place: int
     layers: tuple[LayerSensitivity, ...]
 
 
@@ -121,7 +122,7 @@ def quantize(
         made = prepared.write(choice.candidate.scheme, scratch / "made", images=compared)
         verdict, evidence = hold_to(bundle, made, judged, asked, profile=chosen, calibration=images, scratch=scratch)
         evidence |= {"tried": choice.tried, "sensitivity": [asdict(layer) for layer in choice.layers]}
-        drawing = {TRADE_OFF_FILE: draw_trade_off(choice.tried)}
+        drawing = {TRADE_OFF_FILE: draw_trade_off(choice.tried, choice.place, asked.max_drop)}
         kept = keep(made, verdict, evidence, folder, judged=judged, force=force, replace=out is None, files=drawing)
         smaller = bundle.size_mb / made.size_mb
     told = f"{kept.size_mb:.3f} MB ({smaller:.1f} × smaller) · calibrated on {len(images)} images · {advice(verdict)}"
@@ -165,10 +166,11 @@ def choose(
     if too_much:
         candidate = search.mixed(candidate, layers, limits.max_drop)
     tried = search.document()
-    console().print(tried_table(tried, search.place(candidate)))
+    place = search.place(candidate)
+    console().print(tried_table(tried, place))
     if layers:
         console().print(sensitivity_table([asdict(layer) for layer in layers]))
-    return Choice(candidate, tried, layers)
+    return Choice(candidate, tried, place, layers)
 
 
 def sensitivity_images(start: Source, splits: Splits, reference: Reference) -> tuple[Images, Logits | None]:
