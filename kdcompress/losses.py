@@ -251,12 +251,24 @@ def _correlation(one: Tensor, other: Tensor, weights: Tensor, dim: int) -> Tenso
 
 
 def global_average(features: FeatureMap) -> Float[Tensor, "batch channels 1 1"]:
-    """The mean over all positions, in fp32. A map that is pooled already stays as it is."""
-    return full_precision(features).mean((2, 3), keepdim=True)
+    """The mean over all positions, handed on in fp32. A map that is pooled already stays as it is."""
+    return full_precision(_pool(features, (1, 1)))
 
 
 def _pool(features: Tensor, size: tuple[int, int]) -> Tensor:
-    return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
+    if tuple(features.shape[2:]) == size:
+        return features
+    return _mean_over_positions(features) if size == (1, 1) else F.adaptive_avg_pool2d(features, size)
+
+
+def _mean_over_positions(features: Tensor) -> Tensor:
+    """As `features.mean((2, 3), keepdim=True)`, whose gradient is slow to add to a channels-last map on a CPU."""
+    if not features.is_contiguous(memory_format=torch.channels_last):
+        return features.mean((2, 3), keepdim=True)
+    rows = features.permute(0, 2, 3, 1).flatten(1, 2)
+    with without_autocast(features):
+        total = torch.bmm(features.new_ones(1, 1, 1).expand(len(rows), 1, rows.shape[1]), rows)
+    return total.transpose(1, 2)[:, :, :, None] / rows.shape[1]
 
 
 def _angle_error(student: Tensor, teacher: Tensor) -> Tensor:

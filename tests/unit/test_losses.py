@@ -338,3 +338,24 @@ def test_autocast_does_not_change_the_angles() -> None:
     plain = losses.relation_angles(student, teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(losses.relation_angles(student, teacher), plain)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 4e-3)]
+)
+@pytest.mark.parametrize("shape", [(3, 5, 4, 7), (2, 1, 3, 3), (1, 4, 1, 5), (2, 6, 1, 1)])
+def test_the_average_of_a_map_and_its_gradient_in_every_layout(
+    shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, memory_format: torch.memory_format
+) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    features = features.to(memory_format=memory_format).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        average = losses.global_average(features)
+    expected = features.detach().double().numpy().mean((2, 3), keepdims=True)
+    assert average.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    np.testing.assert_allclose(average.detach().double().numpy(), expected, atol=tolerance, rtol=tolerance)
+    average.sum().backward()
+    assert features.grad is not None
+    share = torch.full(shape, 1 / (shape[2] * shape[3]), dtype=dtype)
+    torch.testing.assert_close(features.grad, share, atol=tolerance, rtol=tolerance)
