@@ -122,19 +122,20 @@ def diagnose(diagnostics: Mapping[str, Tensor | Sequence[float] | float], names:
 
     Args:
         diagnostics: of one step, or their means over many, as tensors or as numbers read from a log. Where there are
-            no `teacher_weight_mean` and `teacher_weight_std` among them nothing is judged.
+            no `teacher_weight_mean` among them nothing is judged.
         names: of the teachers, in order; numbered from 1 without.
     """
     figures = {name: torch.as_tensor(value) for name, value in diagnostics.items()}
-    if not {"teacher_weight_mean", "teacher_weight_std"} <= figures.keys():
-        return ()
-    mean = figures["teacher_weight_mean"].tolist()
+    mean = figures["teacher_weight_mean"].tolist() if "teacher_weight_mean" in figures else []
     if len(mean) < 2:
         return ()
     names = names or [f"teacher {number}" for number in range(1, len(mean) + 1)]
     shown = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, mean, strict=True))
     if "gate_choice" in figures:
         return _diagnose_fitted(figures, shown)
+    if "teacher_weight_std" not in figures:
+        alike = max(mean) - min(mean) < COLLAPSED_SPREAD
+        return () if alike else (f"The teachers count the same for all images of a batch ({shown}).",)
     if max(mean) > COLLAPSED_MEAN:
         return (f"The weights have collapsed to one teacher; the others teach nothing ({shown}).",)
     if float(figures["teacher_weight_std"].max()) < COLLAPSED_SPREAD:

@@ -73,6 +73,13 @@ def test_diagnose_a_fitted_gate_from_logged_numbers(choice: int, sentence: str) 
     assert sentence in said[0]
 
 
+def test_weights_of_a_whole_batch_are_told_where_they_differ() -> None:
+    logged = {"teacher_weight_mean": [0.7, 0.3], "teacher_weight_entropy": 0.9}
+    (said,) = base.diagnose(logged, ("resnet32", "resnet44"))
+    assert said == "The teachers count the same for all images of a batch (resnet32 0.700, resnet44 0.300)."
+    assert base.diagnose({"teacher_weight_mean": [0.5, 0.5]}) == ()
+
+
 def test_nothing_is_said_where_nothing_was_weighed() -> None:
     assert base.diagnose({"something": torch.tensor(1.0)}) == ()
 
