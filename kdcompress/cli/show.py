@@ -17,8 +17,10 @@ def command(name: str) -> None:
     from kdcompress.recipe import build_recipe, dump_recipe, list_recipes, read_recipe
 
     methods, weightings = list_names("kdcompress.methods"), list_names("kdcompress.weightings")
-    if name in methods or ":" in name:
+    if name in methods:
         click.echo(describe_method(name))
+    elif ":" in name:
+        click.echo(describe_own(name))
     elif name in weightings:
         from kdcompress.discovery import read_card
 
@@ -30,6 +32,26 @@ def command(name: str) -> None:
         click.echo(dump_recipe(build_recipe(read_recipe(name), where=name)), nl=False)
     else:
         raise InputError(unknown_name("method or recipe", name, [*methods, *weightings, *list_recipes(), *PROFILES]))
+
+
+def describe_own(name: str) -> str:
+    """What is to be said of a method or weighting in a module of one's own.
+
+    Raises:
+        InputError: it is neither.
+    """
+    from kdcompress.discovery import read_card
+    from kdcompress.errors import InputError
+    from kdcompress.weightings.base import find_weighting
+
+    try:
+        return describe_method(name)
+    except InputError as error:
+        try:
+            find_weighting(name)
+        except InputError:
+            raise error from None
+        return str(read_card("kdcompress.weightings", name))
 
 
 def describe_method(name: str) -> str:

@@ -11,6 +11,8 @@ import pytest
 
 import kdcompress
 from kdcompress.cli import group
+from kdcompress.cli.show import describe_own
+from kdcompress.errors import InputError
 from tests.cli.command import ENVIRONMENT, ROOT, run_cold
 from tests.cli.conftest import Shop
 
@@ -81,6 +83,28 @@ def test_ls_lists_what_show_and_the_flags_take(what: str, shop: Shop) -> None:
     if what in ("methods", "weightings", "recipes", "profiles"):
         for name in names:
             assert len(shop.must("show", name).splitlines()) > 5
+
+
+OWN_WEIGHTING = '''
+"""Mine: everybody counts the same.
+
+Idea
+    Nobody knows better.
+"""
+from kdcompress.weightings.uniform import Uniform
+
+class Mine(Uniform):
+    pass
+'''
+
+
+def test_show_tells_of_a_weighting_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_shown_weighting.py").write_text(OWN_WEIGHTING)
+    monkeypatch.chdir(tmp_path)
+    assert describe_own("my_shown_weighting:Mine").splitlines()[0] == "Mine: everybody counts the same."
+    for name in ("my_shown_weighting:Yours", "my_absent_module:Mine"):
+        with pytest.raises(InputError, match="Method|cannot be imported"):
+            describe_own(name)
 
 
 def test_doctor_tells_versions_and_machine(shop: Shop) -> None:

