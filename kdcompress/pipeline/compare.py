@@ -133,7 +133,7 @@ def compare(
     tries = plan_trials(plan, folder, designs)
     trying = [run for groups in tries.values() for group in groups for run in group]
     everything = [*trying, *counting_runs(plan, folder, {})]
-    carry_out_all(train, trying, everything, materials, speak, offline, may_diverge=True)
+    carry_out_all(train, trying, everything, materials, speak, offline)
     tried = {
         name: [judge_trial(s, g, judged_on, materials.splits) for s, g in zip(designs[name], groups, strict=True)]
         for name, groups in tries.items()
@@ -143,7 +143,10 @@ def compare(
         speak.print(f"{name}: {shown_setting(setting)} is best on {judged_on}")
     chosen[EQUAL_COMPUTE] = chosen.get(SUPERVISED, {})
     runs = counting_runs(plan, folder, chosen)
-    carry_out_all(train, runs, everything, materials, speak, offline)
+    carry_out_all(train, runs, everything, materials, speak, offline, all_or_none=True)
+    runs, lost = with_rows(runs)
+    for note in lost.values():
+        speak.print(f"note: {note}")
 
     speak.print(f"accuracy of {len(runs)} students on {len(materials.splits.test):,} test images")
     found = {run.path: compared_run(run, folder, materials) for run in runs}
@@ -157,6 +160,7 @@ def compare(
                 [found[run.path] for run in runs if run.method == one.name],
             )
             for one in plan.contenders
+            if one.name not in lost
         ],
         reference=REFERENCE,
         data={
@@ -170,7 +174,7 @@ def compare(
         teachers=facts.teachers,
         teachers_saw_val=facts.teachers_saw_val,
         student_saw_val=facts.student_saw_val,
-        notes=notes,
+        notes=(*notes, *lost.values()),
         machine=describe_machine(),
         versions=versions(),
     )
@@ -294,9 +298,11 @@ def carry_out_all(
     speak: Console,
     offline: bool,
     *,
-    may_diverge: bool = False,
+    all_or_none: bool = False,
 ) -> None:
     """Trains what is not finished, one after another, and says how far the whole is.
+
+    Of a training whose loss is not finite a note is taken, and the others go on.
 
     Args:
         train: carries out one of them.
@@ -305,14 +311,15 @@ def carry_out_all(
         materials: their images and teachers.
         speak: where to say it.
         offline: download nothing.
-        may_diverge: take note of a loss that is not finite and go on.
+        all_or_none: leave out what is left of a method once one of its trainings has diverged.
 
     Raises:
         KdcompressError: a training failed or was stopped.
     """
     numbers = {run.path: number for number, run in enumerate(everything, start=1)}
+    lost = {run.method for run in runs if run.has_diverged} if all_or_none else set()
     for run in runs:
-        if run.is_finished:
+        if run.is_finished or run.method in lost:
             continue
         label = f"training {numbers[run.path]} of {len(everything)} · {run.label}"
         display = OneOfMany(open_display(), label, seconds_left(everything, but=run))
@@ -321,11 +328,10 @@ def carry_out_all(
         try:
             train(asked, run.path, QUIET, stopped=stopped, offline=offline, materials=materials, display=display)
         except NonFiniteError as error:
-            if not may_diverge:
-                raise
             with atomic_write(run.path / DIVERGED_FILE, "w") as handle:
                 handle.write(f"{error}\n")
             speak.print(f"{label} · diverged")
+            lost |= {run.method} if all_or_none else set()
             continue
         gc.collect()  # what one run leaves is no memory of the next
         facts, left = read_log(run.path, run.recipe.train.batch_size), seconds_left(everything)
@@ -333,6 +339,28 @@ def carry_out_all(
             f"{label} · val {facts.val_top1:.2%} · {format_seconds(facts.seconds)}"
             + (f" · about {format_seconds(left)} left" if left else "")
         )
+
+
+def with_rows(runs: Sequence[PlannedRun]) -> tuple[list[PlannedRun], dict[str, str]]:
+    """The trainings of the methods that have a row, and of every other one why it has none: a seed diverged.
+
+    A mean over the seeds that went well would be of another thing than the other rows.
+
+    Raises:
+        NonFiniteError: the reference diverged; without it there is no table.
+    """
+    seeds: dict[str, int] = {run.method: run.recipe.seed for run in runs if run.has_diverged}
+    if REFERENCE in seeds:
+        raise NonFiniteError(
+            f"the loss of {REFERENCE}, which all are held against, was not finite at seed {seeds[REFERENCE]}",
+            where=str(next(run.path for run in runs if run.method == REFERENCE and run.has_diverged)),
+            fix="start again with a lower train.lr, or delete this run's folder and --resume",
+        )
+    lost = {
+        method: f"{method} has no row: its loss was not finite at seed {seed}, so it has no mean over the seeds"
+        for method, seed in seeds.items()
+    }
+    return [run for run in runs if run.method not in lost], lost
 
 
 def compared_run(run: PlannedRun, folder: Path, materials: Materials) -> ComparedRun:

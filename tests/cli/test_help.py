@@ -103,7 +103,7 @@ def test_show_tells_of_a_weighting_of_ones_own(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     assert describe_own("my_shown_weighting:Mine").splitlines()[0] == "Mine: everybody counts the same."
     for name in ("my_shown_weighting:Yours", "my_absent_module:Mine"):
-        with pytest.raises(InputError, match="Method|cannot be imported"):
+        with pytest.raises(InputError, match=r"Method|cannot be imported"):
             describe_own(name)
 
 

@@ -12,7 +12,7 @@ from kdcompress.errors import InterruptedRunError, NonFiniteError
 from kdcompress.pipeline._parts import Materials
 from kdcompress.pipeline._runs import PlannedRun
 from kdcompress.pipeline.base import RunFolder
-from kdcompress.pipeline.compare import carry_out_all
+from kdcompress.pipeline.compare import carry_out_all, with_rows
 from kdcompress.recipe import Recipe, build_recipe
 
 MATERIALS = object.__new__(Materials)
@@ -44,9 +44,9 @@ def plan(folder: Path) -> list[PlannedRun]:
     return [PlannedRun(n, n, folder / n, recipe.model_copy(update={"seed": i})) for i, n in enumerate("abc")]
 
 
-def carry_out(train: Trainings, runs: list[PlannedRun], may_diverge: bool = False) -> str:
+def carry_out(train: Trainings, runs: list[PlannedRun], all_or_none: bool = False) -> str:
     out = io.StringIO()
-    carry_out_all(train, runs, runs, MATERIALS, Console(file=out, width=200), False, may_diverge=may_diverge)
+    carry_out_all(train, runs, runs, MATERIALS, Console(file=out, width=200), False, all_or_none=all_or_none)
     return out.getvalue()
 
 
@@ -66,13 +66,37 @@ def test_what_was_stopped_goes_on_by_its_own_recipe_and_what_is_finished_is_left
 
 def test_a_setting_that_diverges_is_taken_note_of_once(tmp_path: Path) -> None:
     trials = Trainings({"b": NonFiniteError("the loss is not finite")})
-    assert "training 2 of 3 · b · diverged" in carry_out(trials, plan(tmp_path), may_diverge=True)
+    assert "training 2 of 3 · b · diverged" in carry_out(trials, plan(tmp_path))
     assert [run.has_diverged for run in plan(tmp_path)] == [False, True, False]
     again = Trainings({})
-    carry_out(again, plan(tmp_path), may_diverge=True)
+    carry_out(again, plan(tmp_path))
     assert again.asked == []
 
 
-def test_a_training_that_counts_must_not_diverge(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError):
-        carry_out(Trainings({"b": NonFiniteError("the loss is not finite")}), plan(tmp_path))
+def counting(folder: Path) -> list[PlannedRun]:
+    """Three methods at two seeds: a0 b0 c0 a1 b1 c1."""
+    recipe = build_recipe({"train": {"epochs": 1}})
+    return [
+        PlannedRun(f"{n}{seed}", n, folder / f"{n}{seed}", recipe.model_copy(update={"seed": seed}))
+        for seed in (0, 1)
+        for n in ("avg-kd", "b", "c")
+    ]
+
+
+def test_a_method_that_diverges_at_one_seed_has_no_row_and_the_others_go_on(tmp_path: Path) -> None:
+    train = Trainings({"b0": NonFiniteError("the loss is not finite")})
+    carry_out(train, counting(tmp_path), all_or_none=True)
+    assert [name for name, *_ in train.asked] == ["avg-kd0", "b0", "c0", "avg-kd1", "c1"]
+    again = Trainings({})
+    carry_out(again, counting(tmp_path), all_or_none=True)
+    assert again.asked == []
+    runs, lost = with_rows(counting(tmp_path))
+    assert [run.label for run in runs] == ["avg-kd0", "c0", "avg-kd1", "c1"]
+    assert lost == {"b": "b has no row: its loss was not finite at seed 0, so it has no mean over the seeds"}
+
+
+def test_without_the_reference_there_is_no_table(tmp_path: Path) -> None:
+    train = Trainings({"avg-kd1": NonFiniteError("the loss is not finite")})
+    carry_out(train, counting(tmp_path), all_or_none=True)
+    with pytest.raises(NonFiniteError, match="avg-kd, which all are held against, was not finite at seed 1"):
+        with_rows(counting(tmp_path))
