@@ -149,6 +149,7 @@ def adopt_onnx(
     speak_as_ours(model, ends, image_shape, mean, std)
     model = onnx_graph.fold_batch_norms(model)
     onnx_graph.keep_global_pooling(model)
+    model = _with_scales_for_channels(model)
     source = {"file": path.name, "digest": file_digest(path), "producer": model.producer_name}
     step = provenance_step("adopt-onnx", **source, normalisation="told" if mean else "inside the graph")
     bundle = Bundle(
@@ -224,6 +225,23 @@ def speak_as_ours(
     onnx_interface.rename(model, ends.output, ends.kind)
     if ends.batch is None:
         output.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def _with_scales_for_channels(model: Any) -> Any:
+    """The model in the first opset whose Q/DQ pairs can have a scale for each channel, if it is of an older one.
+
+    Itself where ONNX's converter cannot raise it.
+    """
+    import onnx
+
+    if onnx_graph.opset_of(model) >= onnx_graph.CHANNEL_SCALES_OPSET:
+        return model
+    try:
+        raised = onnx_graph.raise_opset(model, onnx_graph.CHANNEL_SCALES_OPSET)
+        onnx.checker.check_model(raised, full_check=True)
+    except Exception:  # the converter and the checker have kinds of their own
+        return model
+    return raised
 
 
 def _require_fit(

@@ -18,6 +18,8 @@ NodeProto: TypeAlias = Any
 
 IR_VERSION = 8
 """Of onnx 1.12, with opset 17: what TensorRT 8.6 and onnxruntime 1.13 read."""
+CHANNEL_SCALES_OPSET = 13
+"""The first opset in which QuantizeLinear and DequantizeLinear have an axis."""
 
 
 def strip_traces(model: ModelProto) -> None:

@@ -1,9 +1,14 @@
 """What each runtime wants of a graph, as data; and which instructions this CPU has.
 
 Sources: onnxruntime's quantization guide (U8S8 on x86, S8S8 on ARM, `reduce_range` only on x86 without VNNI, where the
-16-bit sums of `vpmaddubsw` saturate); TensorRT's headers and its ONNX parser's list of operators, release by release
-(symmetric, int8, zero points of zero, no int32 bias behind DequantizeLinear, the newest opset read); NVIDIA's
-Model-Optimizer for where Q/DQ pairs go and which convolutions are too small to gain by INT8; JetPack's release notes.
+16-bit sums of `vpmaddubsw` saturate); TensorRT's headers and the parser's docs/operators.md, release by release
+(symmetric, int8, zero points of zero, no int32 bias behind DequantizeLinear); NVIDIA's Model-Optimizer for where Q/DQ
+pairs go and which convolutions are too small to gain by INT8; JetPack's release notes.
+
+The newest opset that TensorRT reads, by onnx-tensorrt's docs/operators.md: 8.5 and 8.6 "up to Opset 17"; 10.0 opset 9
+to 20; 22 in mid 2025, between 10.9 and 10.13; 10.15 opset 9 to 24. Its change log has nothing on opsets between 10.0
+and 10.6 (onnx 1.17), so 10.3 is at 20. For 11.x NVIDIA's opset guide says 25; which of its releases began with that is
+not told, so 11.0 is taken to be at 24.
 """
 
 from __future__ import annotations

@@ -76,8 +76,13 @@ class FloatModel:
             _name_nodes(model)
             self.folded = fold and not profile.skip_only and fold_normalisation(model)
             self._model = onnx.shape_inference.infer_shapes(model)
+            opset = onnx_graph.opset_of(model)
         except Exception as error:  # onnx raises what any part of it raises
             raise _refused(path, error) from error
+        if profile.per_channel and opset < onnx_graph.CHANNEL_SCALES_OPSET:
+            what = f"this graph cannot be quantized: opset {opset} has no scale for each channel"
+            fix = f"export it again with opset {onnx_graph.CHANNEL_SCALES_OPSET} or later"
+            raise VerificationError(what, where=str(path), fix=fix)
         self._rows = () if profile.skip_only else find_rows(self._model)
 
     @property

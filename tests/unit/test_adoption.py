@@ -73,12 +73,20 @@ def without_names(model: Any) -> None:
         node.name = "same" if node.op_type == "Conv" else ""
 
 
+def of_opset_11(model: Any) -> None:
+    model.opset_import[0].version = 11
+    for node in model.graph.node:
+        for attribute in [attribute for attribute in node.attribute if attribute.name == "allowzero"]:
+            node.attribute.remove(attribute)
+
+
 def with_a_side_file(model: Any) -> None:
     """Saved so below."""
 
 
 WAYS: list[Callable[[Any], None]] = [
     *(plain, without_normalisation, channels_last, camera, half_ends, batches_of_three, open_size, without_names),
+    of_opset_11,
     with_a_side_file,
 ]
 
@@ -117,8 +125,9 @@ def test_a_file_from_elsewhere_answers_as_a_bundle(way: Callable[[Any], None], t
     assert rules <= {"fixed-batch"}
 
 
-def test_it_is_quantized_as_any_other(tmp_path: Path) -> None:
-    made = adopted(written(tmp_path / "m.onnx", camera), tmp_path / "made")
+@pytest.mark.parametrize("way", [camera, of_opset_11], ids=lambda way: way.__name__)
+def test_it_is_quantized_as_any_other(way: Callable[[Any], None], tmp_path: Path) -> None:
+    made = adopted(written(tmp_path / "m.onnx", way), tmp_path / "made")
     for name in ("int8", "fp16"):
         smaller = find_quantizer(name).run(made, digits()[0][:64], tmp_path / name, profile=get_profile("trt"))
         assert smaller.provenance[-1]["agreement"]["value"] > 0.9

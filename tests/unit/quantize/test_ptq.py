@@ -84,6 +84,14 @@ def test_values_that_are_not_finite_are_refused() -> None:
         FloatModel(onnx_bundle().model_path, broken, PROFILE, reduce_range=False, fold=True).extremes("minmax")
 
 
+def test_an_opset_without_scales_for_channels_is_named(tmp_path: Path) -> None:
+    model = onnx.load(onnx_bundle().model_path)
+    model.opset_import[0].version = 11
+    onnx.save(model, tmp_path / "old.onnx")
+    with pytest.raises(VerificationError, match="opset 11 has no scale for each channel"):
+        FloatModel(tmp_path / "old.onnx", feeds(), PROFILE, reduce_range=False)
+
+
 def operators(model: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in model.graph.node]
 
