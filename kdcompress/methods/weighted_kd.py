@@ -76,8 +76,9 @@ class WeightedKD(Method):
         weighting, labelled = find_weighting(options.get("weighting", WEIGHTING)), options.get("loss") == "dkd"
         learns = weighting.refit is not Weighting.refit
         source = "heldout" if learns else weighting.source
+        asked = labelled or source == "labels" or bool(options.get("label_weight", LABEL_WEIGHT))
         return Needs(
-            labels="soft" if options.get("label_weight", LABEL_WEIGHT) else "none",
+            labels="soft" if asked else "none",
             student_features=("*",),
             heldout=learns,
             weights="training labels" if labelled and source == "training" else source,

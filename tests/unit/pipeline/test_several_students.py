@@ -12,8 +12,10 @@ from click.testing import CliRunner
 from kdcompress.bundle import read_bundle, read_safetensors
 from kdcompress.checkpoint import load_state
 from kdcompress.cli.distill import command
+from kdcompress.data import load_splits
 from kdcompress.errors import InputError
 from kdcompress.networks import load_student
+from kdcompress.pipeline._runs import judge
 from kdcompress.pipeline.base import RunFolder
 from kdcompress.pipeline.distill import distill
 
@@ -52,6 +54,24 @@ def test_all_are_kept_and_the_best_on_val_is_the_student(finished: RunFolder) ->
     assert read_bundle(finished.path / "student").arch == archs[best]
     assert read_bundle(finished.path / other).arch == archs[1 - best]
     assert load_student(read_bundle(finished.path / other)).num_classes == 10
+
+
+def test_a_comparison_judges_the_first_student_and_not_the_best(finished: RunFolder, tmp_path: Path) -> None:
+    """Whoever is chosen on val of several would be held against methods that have no choice."""
+    (other,) = (name for name in finished.bundles() if name != "student")
+    splits = load_splits("digits", limit=150, test_limit=50)
+
+    def judged(best: str, first: str | None) -> float:
+        folder = tmp_path / f"{best}, {first}"
+        shutil.copytree(finished.path / best, folder / "student")
+        if first is not None:
+            shutil.copytree(finished.path / first, folder / "peer-1")
+        return judge(folder, "test", splits)["nll"]
+
+    chosen_alone, other_alone = judged("student", None), judged(other, None)
+    assert chosen_alone != other_alone
+    assert judged("student", other) == other_alone
+    assert judged(other, "student") == chosen_alone
 
 
 def test_each_was_first_trained_alone_and_went_on_from_there(finished: RunFolder) -> None:

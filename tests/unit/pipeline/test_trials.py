@@ -8,8 +8,18 @@ import pytest
 
 from kdcompress.errors import InputError
 from kdcompress.methods.base import find_method
+from kdcompress.pipeline._contenders import Contender
 from kdcompress.pipeline._runs import PlannedRun, read_log, seconds_left, step_seconds
-from kdcompress.pipeline._trials import DESIGN, Knob, best_setting, design, find_knobs, with_setting
+from kdcompress.pipeline._trials import (
+    DESIGN,
+    Knob,
+    best_setting,
+    counting_run,
+    design,
+    find_knobs,
+    tuning_runs,
+    with_setting,
+)
 from kdcompress.recipe import build_recipe
 from kdcompress.report import ComparedTrial
 from kdcompress.types import NetworkShapes
@@ -49,6 +59,18 @@ def test_the_design_begins_with_the_defaults_and_tries_nothing_twice() -> None:
     assert len({tuple(setting.items()) for setting in settings}) == len(DESIGN)
     assert settings[-1] == {"train.lr": 0.32, "method.temperature": 8.0, "train.label_smoothing": 0.1}
     assert design(knobs, 4) == settings[:4], "more trials keep those that were there"
+
+
+def test_runs_that_tune_share_no_seed_with_runs_that_count(tmp_path: Path) -> None:
+    """All seeds begin at that of the comparison."""
+    contender = Contender("avg-kd", build_recipe({"method": {"name": "avg-kd"}, "seed": 5}))
+    counting = [counting_run(tmp_path, contender, {"train.lr": 0.03}, number) for number in range(3)]
+    assert [run.recipe.seed for run in counting] == [5, 6, 7]
+    assert [run.path.relative_to(tmp_path).as_posix() for run in counting[:1]] == ["avg-kd/seed-5"]
+    assert {run.recipe.train.lr for run in counting} == {0.03}
+    tuning = tuning_runs(tmp_path, contender, [{}, {"train.lr": 0.03}])
+    assert [[run.recipe.seed for run in group] for group in tuning] == [[1005, 1006]] * 2
+    assert len({run.path for group in tuning for run in group}) == 4
 
 
 def test_a_setting_changes_its_keys_alone() -> None:

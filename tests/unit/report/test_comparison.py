@@ -1,6 +1,7 @@
 """The document of a comparison and what is shown of it, with numbers made up."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,9 @@ def runs(name: str) -> MethodRuns:
     return MethodRuns(name, {"train": {"epochs": 10}}, trials, {"train.lr": 0.03, "method.temperature": 2.0}, found)
 
 
-def example() -> Comparison:
+def example(names: Sequence[str] = tuple(TOP1)) -> Comparison:
     return compare_runs(
-        [runs(name) for name in TOP1],
+        [runs(name) for name in names],
         reference="avg-kd",
         data={"name": "some", "part": "test", "images": 2000, "digest": "abc"},
         judged_on="val",
@@ -93,6 +94,26 @@ def test_seeds_are_asked_for_only_where_nothing_is_decided() -> None:
     assert good.more_seeds is None
     assert same.mean == pytest.approx(0.0)
     assert same.more_seeds is None, "no number of seeds shows a difference of nothing"
+
+
+def test_the_number_of_seeds_is_that_of_a_test_at_the_level_of_all_comparisons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the noncentral t distribution, less the seeds that are there."""
+    monkeypatch.setitem(TOP1, "near-kd", [0.884, 0.880, 0.881, 0.882])
+    methods = {method.name: method for method in example((*TOP1,)).methods}
+    found = methods["near-kd"].difference
+    assert found is not None
+    assert found.verdict == "not decided"
+    effect, comparisons = found.mean / found.sd, 4
+
+    def power(n: int) -> float:
+        quantile = stats.t.ppf(1 - 0.05 / comparisons / 2, n - 1)
+        shift = effect * np.sqrt(n)
+        return float(stats.nct.sf(quantile, n - 1, shift) + stats.nct.cdf(-quantile, n - 1, shift))
+
+    needed = next(n for n in range(2, 1000) if power(n) >= 0.8)
+    assert found.more_seeds == needed - 4
 
 
 def test_costs_are_medians_of_the_ratios_seed_by_seed() -> None:
