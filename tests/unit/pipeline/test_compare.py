@@ -3,16 +3,19 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
+from torch import nn
 
+from kdcompress.bundle import Preprocess
 from kdcompress.errors import InterruptedRunError, NonFiniteError
-from kdcompress.pipeline._parts import Materials
+from kdcompress.pipeline._parts import Materials, Parts
 from kdcompress.pipeline._runs import PlannedRun
 from kdcompress.pipeline.base import RunFolder
-from kdcompress.pipeline.compare import carry_out_all, with_rows
+from kdcompress.pipeline.compare import carry_out_all, equal_compute_epochs, with_rows
 from kdcompress.recipe import Recipe, build_recipe
 
 MATERIALS = object.__new__(Materials)
@@ -100,3 +103,25 @@ def test_without_the_reference_there_is_no_table(tmp_path: Path) -> None:
     carry_out(train, counting(tmp_path), all_or_none=True)
     with pytest.raises(NonFiniteError, match="avg-kd, which all are held against, was not finite at seed 1"):
         with_rows(counting(tmp_path))
+
+
+def test_equal_compute_counts_multiply_accumulates_by_hand() -> None:
+    """Of networks that differ in their number of kernels alone: a step of the student's 2 is worth 6, and the teachers'
+    6 and 3 come on top of that."""
+    image = Preprocess(1, 8, 8, (0.5,), (0.25,))
+
+    def network(kernels: int) -> Any:
+        return nn.Conv2d(1, kernels, 3, padding=1)
+
+    def opened(kernels: int) -> Any:
+        return SimpleNamespace(teacher=SimpleNamespace(network=network(kernels), preprocess=image))
+
+    parts = object.__new__(Parts)
+    for name, value in {
+        "students": (SimpleNamespace(student=SimpleNamespace(deployable=lambda: network(2))),),
+        "teachers": (opened(6), opened(3)),
+        "splits": SimpleNamespace(image_shape=(1, 8, 8)),
+        "recipe": build_recipe({"train": {"epochs": 10}}),
+    }.items():
+        object.__setattr__(parts, name, value)
+    assert equal_compute_epochs(parts) == 10 + 10 * (6 + 3) // (3 * 2)

@@ -31,6 +31,15 @@ def test_a_word_is_a_name_and_options(word: str, name: str, options: dict[str, A
     assert parse_method(word) == (name, options)
 
 
+def test_a_recipes_own_teachers_are_not_asked(tmp_path: Path) -> None:
+    """All learn from the same ones, wherever they are named."""
+    shared, own = tmp_path / "shared.yaml", tmp_path / "own.yaml"
+    shared.write_text("teachers: [{path: a.pt}, {path: b.pt}]\nstudent: {arch: resnet8}\ndata: {source: digits}\n")
+    own.write_text("method: {name: ca-mkd}\nteachers: [{path: best.pt}]\n")
+    found = read_contenders((str(own),), {}, (), str(shared))
+    assert [[one.path for one in contender.recipe.teachers] for contender in found] == [["a.pt", "b.pt"]] * 3
+
+
 def test_an_option_without_a_value_is_named() -> None:
     with pytest.raises(RecipeError, match="'temperature' is no option"):
         parse_method("avg-kd:temperature")
