@@ -106,8 +106,8 @@ def test_one_teacher_is_classic_distillation(name: str, options: dict[str, Any],
 @pytest.mark.parametrize("mix", ["targets", "logits", "losses"])
 def test_a_uniform_gate_is_averaging(name: str, options: dict[str, Any], mix: str) -> None:
     """Of probabilities, of logits or of losses."""
-    options = {**options, "loss": "kl", "standardise": False} if "loss" in options else options
-    options = with_choices(name, {key: value for key, value in options.items() if key != "standardise"}, mix=mix)
+    others = {key: value for key, value in options.items() if key not in ("loss", "standardise")}
+    options = with_choices(name, others, mix=mix)
     step = step_for(name, options, shapes_for(name, options, 3, CLASSES), BATCH)
     assert step.teachers is not None
     teachers, student = array(step.teachers.logits), array(step.student.logits)
