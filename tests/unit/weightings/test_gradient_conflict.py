@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from sklearn.svm import OneClassSVM
 
 from kdcompress.losses import kl_divergence
 from kdcompress.weightings.gradient_conflict import GradientConflict, shortest_combination
@@ -38,6 +39,19 @@ def test_the_simplex_problem_is_solved(seed: int, count: int, width: int, cap: f
     assert weights.min() >= 0
     assert weights.max() <= max(cap, 1 / count) + 1e-12
     assert weights @ gram @ weights <= solve(gram, cap) + 2e-3 * np.diag(gram).mean()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+def test_the_weights_are_those_of_a_one_class_support_vector_machine(count: int) -> None:
+    """Which is how the paper's authors solve it, with ν = 1 / (C · teachers) and at least 1 / teachers."""
+    rng = np.random.default_rng(count)
+    for _ in range(5):
+        gradients = rng.normal(size=(count, 10)) * rng.uniform(0.2, 2, (count, 1)) + rng.normal(size=10)
+        gram, nu = gradients @ gradients.T, min(1.0, max(1 / count, 1 / (0.6 * count)))
+        machine = OneClassSVM(kernel="precomputed", nu=nu, tol=1e-9).fit(gram)
+        expected = np.zeros(count)
+        expected[machine.support_] = machine.dual_coef_ / (count * nu)
+        np.testing.assert_allclose(shortest_combination(torch.from_numpy(gram), 0.6), expected, atol=1e-4)
 
 
 def test_the_gradients_are_those_of_the_kl() -> None:
