@@ -118,8 +118,8 @@ def _take_camera_layout(model: Any) -> None:
     channels, height, width = (dims[axis].dim_value for axis in (1, 2, 3))
     for axis, size in zip((1, 2, 3), (height, width, channels), strict=True):
         dims[axis].dim_value = size
-    # Bytes are transposed before the cast: a quarter of the memory to move.
-    steps = [("Transpose", (), {"perm": [0, 3, 1, 2]}), ("Cast", (), {"to": TensorProto.FLOAT})]
+    # TensorRT takes bytes as an input of the network, and has nothing for them but Cast.
+    steps = [("Cast", (), {"to": TensorProto.FLOAT}), ("Transpose", (), {"perm": [0, 3, 1, 2]})]
     prepend(model, [*steps, ("Div", (np.float32(255),), {})])
 
 

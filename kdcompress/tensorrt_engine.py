@@ -118,7 +118,7 @@ def _version(text: Any) -> tuple[int, ...]:
 
 
 def build_engine(model: bytes, precision: str, options: BuildOptions, timing_cache: bytes = b"") -> tuple[bytes, bytes]:
-    """Builds an engine from an ONNX graph with the input `images` and the output `logits`.
+    """Builds an engine from an ONNX graph with the input `images`.
 
     Args:
         model: the content of the ONNX file.
@@ -240,23 +240,24 @@ def _failed(what: str, log: Any) -> EngineError:
 
 
 class Engine:
-    """An engine that takes images and gives logits, both in the memory of the CPU.
+    """An engine that takes images and gives logits or probabilities, both in the memory of the CPU.
 
     Args:
         content: as `build_engine` gave it.
         built: what `refusal` is told of it.
+        output: the name of what it gives.
 
     Raises:
         EngineError: it belongs to another version or GPU, or cannot be opened, or the memory does not suffice.
     """
 
-    def __init__(self, content: bytes, built: Mapping[str, Any]) -> None:
+    def __init__(self, content: bytes, built: Mapping[str, Any], output: str = LOGITS) -> None:
         trt = _require_here()
         reason = refusal(built, describe_here())
         if reason is not None:
             raise EngineError(f"this engine was {reason}", "build it again here")
         self.runtime = f"tensorrt {trt.__version__}"
-        self._trt, self._log = trt, _log(trt)
+        self._trt, self._log, self._output = trt, _log(trt), output
         self._addresses: dict[str, tuple[int, int]] = {}
         try:
             self._cuda = Cuda()
@@ -273,7 +274,7 @@ class Engine:
             raise _failed(f"TensorRT {trt.__version__} cannot run this engine", self._log)
         self._runtime, self._engine, self._context = runtime, engine, context
         self.max_batch = int(engine.get_tensor_profile_shape(IMAGES, 0)[2][0])
-        self._types = {name: _NUMPY[engine.get_tensor_dtype(name).name] for name in (IMAGES, LOGITS)}
+        self._types = {name: _NUMPY[engine.get_tensor_dtype(name).name] for name in (IMAGES, output)}
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Logits of images as the graph takes them; more than `max_batch` go in several calls.
@@ -287,7 +288,7 @@ class Engine:
     def _answer(self, images: np.ndarray) -> np.ndarray:
         logits = self._prepare(images)
         self._enqueue()
-        self._cuda.copy_out(logits, self._addresses[LOGITS][0])
+        self._cuda.copy_out(logits, self._addresses[self._output][0])
         self._cuda.synchronize()
         return logits.astype(np.float32, copy=False)
 
@@ -297,8 +298,8 @@ class Engine:
         context = self._context
         if not context.set_input_shape(IMAGES, tuple(images.shape)):
             raise EngineError(f"this engine does not take images of shape {tuple(images.shape)}")
-        logits = np.empty(tuple(context.get_tensor_shape(LOGITS)), self._types[LOGITS])
-        for name, array in ((IMAGES, images), (LOGITS, logits)):
+        logits = np.empty(tuple(context.get_tensor_shape(self._output)), self._types[self._output])
+        for name, array in ((IMAGES, images), (self._output, logits)):
             context.set_tensor_address(name, self._memory(name, array.nbytes))
         self._cuda.copy_in(self._addresses[IMAGES][0], images)
         return logits

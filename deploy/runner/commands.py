@@ -16,7 +16,7 @@ from .folder import DeviceBundle, Model, open_folder
 from .golden import Agreement, compare, read_pictures
 from .measure import measure as measure_models
 from .measure import obey, write_document
-from .pictures import SUFFIXES, unit_interval
+from .pictures import SUFFIXES
 from .sessions import Settings, choose_runtime, look_inside, open_model
 from .tensorrt_engine import BuildOptions
 
@@ -38,7 +38,7 @@ def build(root: Path, arguments: argparse.Namespace) -> int:
         raise DeviceError("only TensorRT has engines to build", "--runtime")
     for model in models:
         opened = open_model(model, settings)
-        shares = look_inside(model, opened, _zeros(bundle)) or {}
+        shares = look_inside(model, opened, _zeros(bundle, model)) or {}
         parts = ", ".join(f"{share['share']:.0%} {name}" for name, share in shares.items())
         print(f"{model.precision}: {settings.engines / model.precision}.engine · layers: {parts}")
     return 0
@@ -58,7 +58,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
         settings,
         agreements,
         inside,
-        batch_sizes=sorted(set(arguments.batch_sizes)),
+        batch_sizes=_batch_sizes(models, arguments.batch_sizes),
         warmup=arguments.warmup,
         iterations=arguments.iterations,
         restarts=arguments.restarts,
@@ -82,7 +82,7 @@ def classify(root: Path, arguments: argparse.Namespace) -> int:
             failed = True
             print(f"error: {error}", file=sys.stderr)
             continue
-        logits = opened.answer(unit_interval(pixels[None]))[0].astype(np.float64)
+        logits = opened.answer(models[-1].feed(pixels[None]))[0].astype(np.float64)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         best = [(bundle.classes[index], float(shares[index])) for index in np.argsort(-shares)[: arguments.top]]
@@ -102,7 +102,9 @@ def child(root: Path, arguments: argparse.Namespace) -> int:
 def _begin(root: Path, arguments: argparse.Namespace) -> tuple[DeviceBundle, list[Model], Settings]:
     bundle = open_folder(root)
     runtime = choose_runtime(bundle, arguments.runtime)
-    sizes = arguments.batch or (1, 1, max(32, *getattr(arguments, "batch_sizes", (1,)), 1))
+    models = bundle.choose(arguments.precisions)
+    fixed, measured = models[0].batch, getattr(arguments, "batch_sizes", None) or (1,)
+    sizes = arguments.batch or ((fixed, fixed, fixed) if fixed else (1, 1, max(32, *measured)))
     if len(sizes) != 3:
         raise DeviceError(f"{len(sizes)} batch sizes, three are needed", "--batch", "give MIN,OPT,MAX")
     options = BuildOptions(
@@ -113,7 +115,7 @@ def _begin(root: Path, arguments: argparse.Namespace) -> tuple[DeviceBundle, lis
         hardware_compatible=arguments.hardware_compatible,
     )
     settings = Settings(runtime, arguments.threads, arguments.engines.absolute(), options)
-    return bundle, bundle.choose(arguments.precisions), settings
+    return bundle, models, settings
 
 
 def _check(
@@ -129,7 +131,7 @@ def _check(
     for model in models:
         opened = open_model(model, settings)
         found = agreements[model.precision] = compare(bundle, model, opened, pixels)
-        inside[model.precision] = look_inside(model, opened, _zeros(bundle))
+        inside[model.precision] = look_inside(model, opened, _zeros(bundle, model))
         print(
             f"{model.precision} · {opened.runtime} · largest difference of a logit {found.difference:.1e} of the "
             f"largest, {model.tolerance:.0e} allowed · same class {found.same_class:.0%} · "
@@ -138,8 +140,21 @@ def _check(
     return agreements, inside
 
 
-def _zeros(bundle: DeviceBundle) -> np.ndarray:
-    return np.zeros((1, *bundle.image_shape), np.float32)
+def _zeros(bundle: DeviceBundle, model: Model) -> np.ndarray:
+    return model.feed(np.zeros((model.batch or 1, *bundle.image_shape), np.uint8))
+
+
+def _batch_sizes(models: list[Model], asked: tuple[int, ...] | None) -> list[int]:
+    """The batch sizes to measure: those asked for, or the one that the models are fixed to.
+
+    Raises:
+        DeviceError: another one was asked for.
+    """
+    fixed = models[0].batch
+    sizes = sorted(set(asked or (fixed or 1,)))
+    if fixed is not None and sizes != [fixed]:
+        raise DeviceError(f"these models take {fixed} images at once", "--batch-sizes", "give that number")
+    return sizes
 
 
 def _pictures(paths: list[Path]) -> Iterator[Path]:

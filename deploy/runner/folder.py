@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,22 +12,54 @@ from typing import Any
 import numpy as np
 
 from .errors import DeviceError
-from .pictures import read_picture
+from .pictures import read_picture, unit_interval
 
 MANIFEST = "MANIFEST.sha256"
 DEVICE_FILE = "device.json"
 _NEWEST = 1
+_LEAST_PROBABILITY = 1e-7
 
 
 @dataclass(frozen=True)
 class Model:
-    """One ONNX file: its precision, digests of file and bundle, and how far its logits may be off."""
+    """One ONNX file.
+
+    Args:
+        precision: what it computes in.
+        path: the file.
+        bundle: the digest of its bundle.
+        digest: its own.
+        tolerance: how far its logits may be off, relative to the largest.
+        input: "float-nchw": [0, 1], batch × channels × height × width; or "uint8-nhwc": 0 to 255, channels last.
+        output: "logits" or "probabilities", also the name of its output.
+        batch: how many images it takes at once; None: any number.
+    """
 
     precision: str
     path: Path
     bundle: str
     digest: str
     tolerance: float
+    input: str = "float-nchw"
+    output: str = "logits"
+    batch: int | None = None
+
+    def feed(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (uint8, batch × channels × height × width) as the model takes them."""
+        if self.input == "uint8-nhwc":
+            return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+        return unit_interval(pixels)
+
+    def ask(self, run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
+        """The logits for images as the model takes them, of probabilities the logarithms; a batch is filled up."""
+        size = self.batch or len(images)
+        answers = []
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size]
+            full = chunk if len(chunk) == size else np.resize(chunk, (size, *chunk.shape[1:]))
+            answers.append(run(full)[: len(chunk)])
+        found = answers[0] if len(answers) == 1 else np.concatenate(answers)
+        return found if self.output == "logits" else np.log(np.maximum(found, np.float32(_LEAST_PROBABILITY)))
 
 
 @dataclass(frozen=True)
@@ -86,8 +118,11 @@ def open_folder(root: Path) -> DeviceBundle:
         raise DeviceError(f"{DEVICE_FILE} cannot be read: {error}", str(root)) from error
     if content.get("format") != "kdcompress/device-bundle" or content.get("schema_version", 0) > _NEWEST:
         raise DeviceError(f"{DEVICE_FILE} is of another version", str(root), "use the run.py that came with it")
+    interface = content.get("interface", {})
     models = {
-        name: Model(name, root / entry["file"], entry["bundle"], entry["digest"], float(entry["tolerance"]))
+        name: Model(
+            name, root / entry["file"], entry["bundle"], entry["digest"], float(entry["tolerance"]), **interface
+        )
         for name, entry in content["models"].items()
     }
     classes = tuple(content["classes"])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .folder import DeviceBundle, Model
-from .pictures import unit_interval
 from .sessions import Opened
 
 
@@ -40,7 +39,7 @@ def read_pictures(bundle: DeviceBundle) -> tuple[np.ndarray, int]:
 def compare(bundle: DeviceBundle, model: Model, opened: Opened, pixels: np.ndarray) -> Agreement:
     """Holds a model's answers to the golden pictures against the expected ones."""
     expected = _expected(bundle, model.precision)
-    found = np.concatenate([opened.answer(unit_interval(one[None])) for one in pixels])
+    found = np.concatenate([opened.answer(model.feed(one[None])) for one in pixels])
     scale = max(1.0, float(np.abs(expected).max()))
     difference = float(np.abs(found - expected).max()) / scale
     same = found.argmax(1) == expected.argmax(1)

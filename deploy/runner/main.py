@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, build, measure, classify):
         _add_common(command)
     measure.add_argument("--out", type=Path, default=Path("measurement.json"), metavar="FILE", help="[%(default)s]")
-    measure.add_argument("--batch-sizes", type=_sizes, default=(1,), metavar="N,N", help="images in a call [1]")
+    measure.add_argument("--batch-sizes", type=_sizes, metavar="N,N", help="images in a call [1]")
     measure.add_argument("--restarts", type=_positive, default=5, metavar="N", help="processes [%(default)s]")
     measure.add_argument(
         "--iterations", type=_positive, default=200, metavar="N", help="timed calls each [%(default)s]"

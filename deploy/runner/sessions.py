@@ -40,7 +40,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Opened:
-    """An open model: what answers, the runtime's name and version, and the seconds that building and loading took."""
+    """An open model: what gives the logits of images as the model takes them (`Model.feed`), the runtime's name and
+    version, and the seconds that building and loading took."""
 
     answer: Callable[[np.ndarray], np.ndarray]
     runtime: str
@@ -92,7 +93,7 @@ def _open_onnx(model: Model, settings: Settings) -> Opened:
     load_s = time.perf_counter() - start
 
     def answer(images: np.ndarray) -> np.ndarray:
-        return session.run(["logits"], {"images": images})[0]
+        return model.ask(lambda batch: session.run([model.output], {"images": batch})[0], images)
 
     return Opened(answer, f"onnxruntime {onnxruntime.__version__}", None, load_s)
 
@@ -106,9 +107,9 @@ def _open_engine(model: Model, settings: Settings) -> Opened:
         facts = {**wanted, **_build(model, settings, file)}
         _write(facts_file, json.dumps(facts, indent=2).encode())
     start = time.perf_counter()
-    engine = Engine(file.read_bytes(), facts["engine"])
+    engine = Engine(file.read_bytes(), facts["engine"], model.output)
     load_s = time.perf_counter() - start
-    return Opened(engine, engine.runtime, facts["build_s"], load_s, engine)
+    return Opened(lambda images: model.ask(engine, images), engine.runtime, facts["build_s"], load_s, engine)
 
 
 def _kept(file: Path) -> dict[str, Any]:

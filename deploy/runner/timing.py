@@ -15,7 +15,6 @@ import numpy as np
 
 from .board import Rails, available_memory_mb, clocks, peak_memory_mb
 from .folder import DeviceBundle, Model
-from .pictures import unit_interval
 from .sessions import Opened, Settings, open_model
 
 BLOCK = 5
@@ -28,7 +27,7 @@ def time_in_turns(
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of each call: precision -> `call` (images in memory to logits in memory), and on a GPU `gpu`
     (by CUDA events, images on the GPU already)."""
-    images = _images(bundle, batch_size)
+    images = _images(bundle, models[0], batch_size)
     opened = {model.precision: open_model(model, settings) for model in models}
     for one in opened.values():
         for _ in range(warmup):
@@ -49,7 +48,7 @@ def probe(bundle: DeviceBundle, model: Model, settings: Settings, calls: int) ->
     energy where the board's rails can be read."""
     before = available_memory_mb()
     opened = open_model(model, settings)
-    images = _images(bundle, 1)
+    images = _images(bundle, model, model.batch or 1)
     for _ in range(10):
         opened.answer(images)
     after = available_memory_mb()
@@ -61,19 +60,19 @@ def probe(bundle: DeviceBundle, model: Model, settings: Settings, calls: int) ->
     picture = bundle.root / "golden" / bundle.golden["pictures"][0]
 
     def from_file() -> None:
-        opened.answer(unit_interval(bundle.read(picture)[None])).argmax(1)
+        opened.answer(model.feed(bundle.read(picture)[None])).argmax(1)
 
     from_file()
     found["from_jpeg_ms"] = summary([_timed_ms(from_file) for _ in range(calls)])
     rails = Rails()
     if rails:
-        found["energy"] = _energy(rails, lambda: opened.answer(images))
+        found["energy"] = _energy(rails, lambda: opened.answer(images), len(images))
     return found
 
 
 def sustain(bundle: DeviceBundle, model: Model, settings: Settings, seconds: float) -> list[dict[str, Any]]:
     """Runs a model without a pause: for each window its median in ms, and the clocks and temperatures at its end."""
-    opened, images = open_model(model, settings), _images(bundle, 1)
+    opened, images = open_model(model, settings), _images(bundle, model, model.batch or 1)
     begun, windows = time.monotonic(), []
     while time.monotonic() - begun < seconds:
         end = min(time.monotonic() + _WINDOW_S, begun + seconds)
@@ -93,7 +92,7 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
     return {"p50": p50, "p90": p90, "p99": p99, "min": round(float(values.min()), 4), "cv": variation, "n": len(values)}
 
 
-def _energy(rails: Rails, call: Callable[[], Any]) -> Mapping[str, Any]:
+def _energy(rails: Rails, call: Callable[[], Any], batch_size: int) -> Mapping[str, Any]:
     idle = rails.idle(_POWER_S)
     rails.start()
     begun, calls = time.monotonic(), 0
@@ -102,13 +101,15 @@ def _energy(rails: Rails, call: Callable[[], Any]) -> Mapping[str, Any]:
         calls += 1
     seconds = time.monotonic() - begun
     busy = rails.stop()
-    per_image = {name: round(value * seconds / calls, 4) for name, value in busy.items()}
-    return {"idle_mw": idle, "busy_mw": busy, "mj_per_image": per_image, "images": calls, "batch_size": 1}
+    images = calls * batch_size
+    per_image = {name: round(value * seconds / images, 4) for name, value in busy.items()}
+    return {"idle_mw": idle, "busy_mw": busy, "mj_per_image": per_image, "images": images, "batch_size": batch_size}
 
 
-def _images(bundle: DeviceBundle, batch_size: int) -> np.ndarray:
+def _images(bundle: DeviceBundle, model: Model, batch_size: int) -> np.ndarray:
+    """Noise, as the model takes it."""
     random = np.random.default_rng(0)
-    return random.random((batch_size, *bundle.image_shape), dtype=np.float32)
+    return model.feed(random.integers(0, 256, (batch_size, *bundle.image_shape), dtype=np.uint8))
 
 
 def _call_ms(opened: Opened, images: np.ndarray) -> float:

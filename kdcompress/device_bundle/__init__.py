@@ -68,7 +68,7 @@ def write_device_bundle(
 
     Args:
         out: the folder to make.
-        flavours: ONNX bundles of one student by precision, of the same classes and preprocessing.
+        flavours: ONNX bundles of one student by precision, of the same classes, preprocessing and interface.
         profile: what they are for.
         card: what is known of the student beyond its bundles.
         images: real images in [0, 1] for the golden test, beside the synthetic pictures; None: no image of the user's.
@@ -82,7 +82,8 @@ def write_device_bundle(
         raise InputError("there is no ONNX file to put into a device bundle", fix="kdcompress export --onnx writes one")
     first = next(iter(flavours.values()))
     for bundle in flavours.values():
-        if bundle.kind != "onnx" or (bundle.classes, bundle.preprocess) != (first.classes, first.preprocess):
+        same = all(getattr(bundle, name) == getattr(first, name) for name in ("classes", "preprocess", "interface"))
+        if bundle.kind != "onnx" or not same:
             raise InputError("not an ONNX bundle of the same student", where=str(bundle.path))
     with atomic_folder(out, replace=replace) as folder:
         (folder / "models").mkdir()
@@ -99,6 +100,7 @@ def write_device_bundle(
             "runtime": profile.runtime if profile.runtime == "tensorrt" else "onnxruntime",
             "classes": list(first.classes),
             "preprocess": asdict(first.preprocess),
+            "interface": asdict(first.interface),
             "models": {
                 precision: {
                     "file": f"models/{precision}.onnx",

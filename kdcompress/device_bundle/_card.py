@@ -52,8 +52,7 @@ def render_card(flavours: Mapping[Precision, Bundle], profile: Profile, card: Ca
         "## What it is",
         f"- An image classifier, {first.num_params:,} parameters, made with kdcompress {kdcompress.__version__} for "
         f"`{profile.name}` ({profile.device}).",
-        f"- Takes {p.channels} × {p.height} × {p.width} images in [0, 1], named `images`; normalises inside; gives "
-        "`logits`. Probabilities are their softmax.",
+        f"- {_spoken_to(first)}",
         f"- Images of another size: {_RESIZING[p.resize]}.",
         f"- Classes, in the order of the logits: {', '.join(first.classes[:20])}"
         + (f" … ({first.num_classes}, see labels.txt)." if first.num_classes > 20 else "."),
@@ -74,6 +73,17 @@ def render_card(flavours: Mapping[Precision, Bundle], profile: Profile, card: Ca
         "- Whether its errors fall on some people or things more than on others, beyond the figures above.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _spoken_to(bundle: Bundle) -> str:
+    p, spoken = bundle.preprocess, bundle.interface
+    if spoken.input == "uint8-nhwc":
+        taken = f"{p.height} × {p.width} × {p.channels} images of 8 bits, channels last"
+    else:
+        taken = f"{p.channels} × {p.height} × {p.width} images in [0, 1]"
+    number = f", {spoken.batch} at once" if spoken.batch else ""
+    softmax = " Probabilities are their softmax." if spoken.output == "logits" else ""
+    return f"Takes {taken}{number}, named `images`; normalises inside; gives `{spoken.output}`.{softmax}"
 
 
 _RESIZING = {

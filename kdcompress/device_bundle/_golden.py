@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from kdcompress.bundle import Bundle, Precision, Preprocess
 from kdcompress.errors import VerificationError
 from kdcompress.pictures import read_picture, unit_interval
-from kdcompress.runtimes.onnxruntime_runtime import open_session
+from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
 from kdcompress.types import Images
 
 EXPECTED = "expected.npz"
 PIXEL_TOLERANCE = 4
 """Steps of 255 that a pixel may differ by: decoders of JPEG are not all alike."""
+LEAST_PROBABILITY = 1e-7
+"""What is less has no logarithm to compare; the runner takes the same."""
 _SHAPES = ((1, 1), (1, 1), (3, 2), (2, 3), (1, 2), (5, 4))
 """Height and width of the pictures, relative to the network's where it resizes."""
 
@@ -76,8 +79,10 @@ def _as_picture(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def _answer(bundle: Bundle, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    logits: NDArray[np.float32]
-    (logits,) = open_session(bundle.model_path).run(["logits"], {"images": unit_interval(pixels)})
+    images = torch.from_numpy(unit_interval(pixels))
+    logits: NDArray[np.float32] = run_session(open_session(bundle.model_path), images, bundle.interface).numpy()
+    if bundle.interface.output == "probabilities":
+        logits = np.maximum(logits, np.log(np.float32(LEAST_PROBABILITY)))
     if not np.isfinite(logits).all():
         raise VerificationError("the model answers with logits that are not finite numbers", where=str(bundle.path))
     return logits

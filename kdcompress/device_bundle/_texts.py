@@ -33,8 +33,13 @@ def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle]
         "precisions": ", ".join(flavours),
         "best": list(flavours)[-1],
         "classes": str(first.num_classes),
-        "dims": ", ".join(map(str, first.preprocess.image_shape)),
-        "max_batch": str(_MAX_BATCH),
+        "dims": ", ".join(map(str, _shape(first))),
+        "type": "8 bits, 0 to 255" if first.interface.input == "uint8-nhwc" else "float32 in [0, 1]",
+        "order": "last" if first.interface.input == "uint8-nhwc" else "first",
+        "scaling": "leave 0 to 255" if first.interface.input == "uint8-nhwc" else "divide by 255",
+        "batch": str(first.interface.batch or "batch"),
+        "output": first.interface.output,
+        **_triton_fields(first),
         "target": _target(profile),
     }
 
@@ -55,6 +60,24 @@ def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle]
     (folder / "trtexec.md").write_text(trtexec_lines(flavours), encoding="utf-8")
 
 
+def _shape(bundle: Bundle) -> tuple[int, int, int]:
+    """Of one image as the models take it."""
+    channels, height, width = bundle.preprocess.image_shape
+    return (height, width, channels) if bundle.interface.input == "uint8-nhwc" else (channels, height, width)
+
+
+def _triton_fields(bundle: Bundle) -> dict[str, str]:
+    """Triton counts the batch among the dimensions where it is fixed."""
+    fixed = bundle.interface.batch
+    first = [str(fixed)] if fixed else []
+    return {
+        "triton_type": "TYPE_UINT8" if bundle.interface.input == "uint8-nhwc" else "TYPE_FP32",
+        "triton_dims": ", ".join([*first, *map(str, _shape(bundle))]),
+        "triton_classes": ", ".join([*first, str(bundle.num_classes)]),
+        "triton_batching": "max_batch_size: 0" if fixed else f"max_batch_size: {_MAX_BATCH}\ndynamic_batching {{ }}",
+    }
+
+
 def _target(profile: Profile) -> str:
     if profile.name.startswith("jetson"):
         return "jetson"
@@ -66,8 +89,11 @@ def _target(profile: Profile) -> str:
 def trtexec_lines(flavours: Mapping[Precision, Bundle]) -> str:
     """trtexec.md: how to build and time an engine of each model without Python, for each generation of TensorRT."""
     first = next(iter(flavours.values()))
-    shape = "x".join(map(str, first.preprocess.image_shape))
-    shapes = f"--minShapes=images:1x{shape} --optShapes=images:1x{shape} --maxShapes=images:{_MAX_BATCH}x{shape}"
+    fixed = first.interface.batch
+    shape = "x".join(map(str, _shape(first)))
+    sizes = (fixed, fixed, fixed) if fixed else (1, 1, _MAX_BATCH)
+    names = ("minShapes", "optShapes", "maxShapes")
+    shapes = " ".join(f"--{name}=images:{size}x{shape}" for name, size in zip(names, sizes, strict=True))
     lines = [
         "# trtexec",
         "",
@@ -90,7 +116,7 @@ def trtexec_lines(flavours: Mapping[Precision, Bundle]) -> str:
             head = f"trtexec --onnx=models/{precision}.onnx --saveEngine={precision}.engine {shapes} {flags[precision]}"
             tail = "--profilingVerbosity=detailed --dumpLayerInfo"
             lines.append(f"{head} {tail}")
-            parts = f"trtexec --loadEngine={precision}.engine --shapes=images:1x{shape} {timing} --iterations=1000"
-            lines.append(f"{parts} --percentile=50,90,99")
+            parts = f"trtexec --loadEngine={precision}.engine --shapes=images:{fixed or 1}x{shape} {timing}"
+            lines.append(f"{parts} --iterations=1000 --percentile=50,90,99")
         lines += ["```"]
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kdcompress import onnx_graph, onnx_interface
-from kdcompress.bundle import Bundle, Interface, fit_images, model_metadata, provenance_step, write_bundle
+from kdcompress.bundle import PLAIN, Bundle, Interface, fit_images, model_metadata, provenance_step, write_bundle
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.onnx_file import one_line, read_onnx
 from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
@@ -24,25 +24,28 @@ def change_interface(
     """Writes an ONNX bundle with another interface, checked on real images against the one that it comes from.
 
     Args:
-        bundle: an ONNX bundle that takes float NCHW and gives logits.
+        bundle: an ONNX bundle that takes float NCHW and gives logits; a batch size that it is fixed to stays.
         out: the folder to make.
         interface: how the new file is to be spoken to.
         images: real images in [0, 1]; taken as 8-bit values.
         replace: take the place of an existing folder.
 
     Raises:
-        InputError: the bundle is no ONNX bundle, or its interface is not the default already.
+        InputError: the bundle is no ONNX bundle, or its interface is not the default, but for the batch size.
         VerificationError: the new file does not answer as the old one does.
     """
     import onnx
 
     if bundle.kind != "onnx":
         raise InputError(f"a {bundle.kind} bundle has no such interface", where=str(bundle.path))
-    if bundle.interface.changes:
+    fixed = bundle.interface.batch
+    wanted = interface.batch or fixed
+    if dataclasses.replace(bundle.interface, batch=None) != PLAIN or fixed not in (None, wanted):
         what = f"this file is {bundle.interface.changes[1:]} already"
         raise InputError(what, where=str(bundle.path), fix="start from the plain one")
     if len(images) == 0:
         raise ShapeError("no images to compare on")
+    interface = dataclasses.replace(interface, batch=wanted)
     model = read_onnx(bundle.model_path)
     step = provenance_step("change-interface", bundle, **dataclasses.asdict(interface))
     provenance = (*bundle.provenance, step)

@@ -7,17 +7,21 @@ engine belongs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from kdcompress.bundle import PLAIN, Bundle, Kind, provenance_step, write_bundle
+from kdcompress.bundle import Bundle, Kind, provenance_step, write_bundle
 from kdcompress.errors import InputError, RunError, ShapeError, VerificationError
 from kdcompress.files import atomic_write
 from kdcompress.profiles import Profile
-from kdcompress.runtimes.onnxruntime_runtime import open_session
+from kdcompress.runtimes.base import ask
+from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
 from kdcompress.runtimes.tensorrt_runtime import engine_errors
 from kdcompress.tensorrt_engine import BuildOptions, Engine, build_engine, describe_here, why_not_here
 from kdcompress.tensorrt_layers import missing_precision, precision_shares
@@ -50,23 +54,21 @@ class TrtTarget:
         """
         if bundle.kind != self.takes:
             raise InputError(f"a {bundle.kind} bundle cannot be built into an engine", where=str(bundle.path))
-        if bundle.interface != PLAIN:
-            fix = "export it again without --input, --output and --batch"
-            raise InputError(f"the graph wants {bundle.interface.changes[1:]}", where=str(bundle.path), fix=fix)
         reason = why_not_here()
         if reason is not None:
             fix = "kdcompress export --device writes a folder that builds the engine where it is to run"
             raise RunError(f"no TensorRT engine can be built here: {reason}", where="--trt", fix=fix)
         if len(images) == 0:
             raise ShapeError("no images to compare the engine with ONNX on")
+        options = _for_batch(self.options, bundle.interface.batch)
         old = self.timing_cache.read_bytes() if self.timing_cache is not None and self.timing_cache.exists() else b""
         with engine_errors(where=str(bundle.path)):
-            content, cache = build_engine(bundle.model_path.read_bytes(), bundle.precision, self.options, old)
+            content, cache = build_engine(bundle.model_path.read_bytes(), bundle.precision, options, old)
             here = describe_here()
-            compatible = {name: getattr(self.options, name) for name in ("version_compatible", "hardware_compatible")}
+            compatible = {name: getattr(options, name) for name in ("version_compatible", "hardware_compatible")}
             facts = {**here, **compatible}
-            engine = Engine(content, facts)
-            few = images[: self.options.opt_batch].float().cpu().contiguous().numpy()
+            engine = Engine(content, facts, bundle.interface.output)
+            few = _exactly(bundle.interface.feed(images[: options.opt_batch]), bundle.interface.batch)
             shares = precision_shares(engine.layers(few), engine.layer_times(few))
             difference = _difference(bundle, engine, images)
         if self.timing_cache is not None:
@@ -81,7 +83,7 @@ class TrtTarget:
             bundle,
             profile=profile.name,
             engine=facts,
-            options=asdict(self.options),
+            options=asdict(options),
             precisions=shares,
             difference=difference,
         )
@@ -100,11 +102,26 @@ class TrtTarget:
             arch_args=bundle.arch_args,
             num_params=bundle.num_params,
             provenance=(*bundle.provenance, step),
+            interface=bundle.interface,
             replace=replace,
         )
 
 
 TARGET = TrtTarget()
+
+
+def _for_batch(options: BuildOptions, batch: int | None) -> BuildOptions:
+    """The options, of batch sizes that nobody chose with the one that the graph is fixed to."""
+    usual = BuildOptions()
+    chosen = (options.min_batch, options.opt_batch, options.max_batch)
+    if batch is None or chosen != (usual.min_batch, usual.opt_batch, usual.max_batch):
+        return options
+    return replace_fields(options, min_batch=batch, opt_batch=batch, max_batch=batch)
+
+
+def _exactly(values: NDArray[Any], batch: int | None) -> NDArray[Any]:
+    """As many as the graph is fixed to, the same ones again where they do not suffice."""
+    return values if batch is None else np.resize(values, (batch, *values.shape[1:]))
 
 
 def _difference(bundle: Bundle, engine: Engine, images: Images) -> float:
@@ -113,12 +130,14 @@ def _difference(bundle: Bundle, engine: Engine, images: Images) -> float:
     Raises:
         VerificationError: it is larger than the precision allows, or not a number.
     """
-    values = images.to("cpu", torch.float32).contiguous().numpy()
-    (expected,) = open_session(bundle.model_path).run(["logits"], {"images": values})
-    found = engine(values)
+    expected = run_session(open_session(bundle.model_path), images, bundle.interface)
+    found = ask(engine, images, bundle.interface)
     if found.shape != expected.shape:
-        raise VerificationError(f"the engine answers {found.shape}, ONNX {expected.shape}", where=str(bundle.path))
-    difference = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
+        what = f"the engine answers {tuple(found.shape)}, ONNX {tuple(expected.shape)}"
+        raise VerificationError(what, where=str(bundle.path))
+    if bundle.interface.output == "probabilities":  # what is less than 10⁻⁷ has no logarithm to compare
+        found, expected = (logits.clamp(min=math.log(1e-7)) for logits in (found, expected))
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     allowed = TOLERANCES[bundle.precision]
     if not difference <= allowed:  # also where it is NaN
         what = f"logits of the engine differ from ONNX's by {difference:.1e} of the largest logit"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcompress.bundle import BUNDLE_FILE, PLAIN, Bundle, Precision, read_bundle
+from kdcompress.bundle import BUNDLE_FILE, Bundle, Precision, read_bundle
 from kdcompress.device_bundle import Card, write_device_bundle
 from kdcompress.errors import InputError, RunError
 from kdcompress.export import walk
@@ -127,17 +127,18 @@ def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | N
     """The ONNX files of one student: fp32 (written where it is missing), and what was made of it for the profile.
 
     Args:
-        start: the student, or one of its ONNX bundles.
+        start: the student, or one of its ONNX bundles; files that are spoken to as it is.
         profile: of INT8 files only those made for it are taken.
         place: where the fp32 file goes if it has to be written.
         data: see `export_device`.
     """
     root = _root(start.bundle)
+    spoken = start.bundle.interface
     found: dict[Precision, Bundle] = {}
     for file in sorted(start.folder.glob(f"*/{BUNDLE_FILE}")):
         bundle = read_bundle(file.parent)
         step = bundle.provenance[-1] if bundle.provenance else {}
-        own = (bundle.kind, bundle.interface) == ("onnx", PLAIN) and _root(bundle) == root
+        own = (bundle.kind, bundle.interface) == ("onnx", spoken) and _root(bundle) == root
         fits = bundle.precision != "int8" or step.get("profile") == profile.name
         if own and fits and bundle.precision not in found:
             found[bundle.precision] = bundle

@@ -12,12 +12,25 @@ from kdcompress.bundle import BUNDLE_FILE, read_bundle
 from kdcompress.data import load_splits, unit_interval
 from kdcompress.errors import InputError
 from kdcompress.evaluate import wilson_interval
+from kdcompress.files import file_digest
 from kdcompress.onnx_file import read_onnx
 from kdcompress.pipeline.base import console
 from kdcompress.runtimes import open_bundle
 
 _LOOKED_AT = 256
 """Labelled images on which a wrong normalisation or order of classes would show."""
+
+
+def _told_before(source: Path, precision: str) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """The normalisation that the bundle beside the file was made with, if it was made of this very file."""
+    folder = source.with_suffix("") / f"onnx-{precision}"
+    if not (folder / BUNDLE_FILE).is_file():
+        return None, None
+    bundle = read_bundle(folder)
+    step = bundle.provenance[0] if bundle.provenance else {}
+    if step.get("digest") != file_digest(source) or step.get("normalisation") != "told":
+        return None, None
+    return bundle.preprocess.mean, bundle.preprocess.std
 
 
 @contextmanager
@@ -35,7 +48,8 @@ def as_bundle(
     Args:
         source: the file.
         data: images, and the names of its classes.
-        mean: what is subtracted from images in [0, 1] before the file; None if its graph does that.
+        mean: what is subtracted from images in [0, 1] before the file; None if its graph does that, or as it was told
+            for the bundle that stands beside the file.
         std: what they are divided by.
         keep: whether the bundle stays, as `<file without .onnx>/onnx-<precision>`, so that what is made of it gets a
             place beside it; otherwise it goes when the command ends.
@@ -55,6 +69,8 @@ def as_bundle(
     splits = load_splits(data, image_size=ends.height if ends.height == ends.width else None)
     split = splits.calibration.take(_LOOKED_AT)
     images = unit_interval(split.images.load(split.ids))
+    if mean is None and std is None:
+        mean, std = _told_before(source, precision_of(model))
     with tempfile.TemporaryDirectory() as scratch:
         folder = source.with_suffix("") if keep else Path(scratch)
         bundle = adopt_onnx(

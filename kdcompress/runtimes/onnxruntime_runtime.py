@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdcompress.bundle import Bundle, Interface, Preprocess, fit_images
 from kdcompress.errors import BundleError, InputError, ShapeError
+from kdcompress.runtimes.base import ask
 from kdcompress.types import Images, Logits
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -38,27 +39,21 @@ def open_bundle(bundle: Bundle, device: str, threads: int | None) -> OnnxPredict
 
 
 def run_session(session: Any, images: Images, interface: Interface) -> Logits:
-    """The logits for images in [0, 1] at the network's size; the logarithms of probabilities, where it gives those.
-
-    A model of a fixed batch size is asked as often as it takes, the last time with copies of the last image.
+    """See `ask`.
 
     Raises:
         ShapeError: the model does not take these images.
     """
-    values = interface.feed(images)
-    size = interface.batch or max(len(values), 1)
-    answers = []
-    for start in range(0, max(len(values), 1), size):
-        chunk = values[start : start + size]
-        missing = size - len(chunk) if interface.batch and len(chunk) else 0
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)]) if missing else chunk
+
+    def run(values: NDArray[Any]) -> NDArray[Any]:
         try:
-            (answer,) = session.run([interface.output], {"images": padded})
+            (answer,) = session.run([interface.output], {"images": values})
         except Exception as error:
-            raise ShapeError(f"the model does not take images of shape {padded.shape}: {first_line(error)}") from error
-        answers.append(torch.from_numpy(answer)[: len(chunk)])
-    found = torch.cat(answers) if len(answers) > 1 else answers[0]
-    return found if interface.output == "logits" else found.clamp(min=torch.finfo(found.dtype).tiny).log()
+            raise ShapeError(f"the model does not take images of shape {values.shape}: {first_line(error)}") from error
+        found: NDArray[Any] = answer
+        return found
+
+    return ask(run, images, interface)
 
 
 def open_session(path: Path, device: str = "cpu", threads: int | None = None, *, as_written: bool = False) -> Any:

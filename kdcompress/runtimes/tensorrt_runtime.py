@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
-from kdcompress.bundle import Bundle, Preprocess, fit_images
+from kdcompress.bundle import Bundle, Interface, Preprocess, fit_images
 from kdcompress.cuda_driver import CudaError
 from kdcompress.errors import BundleError, InputError, RunError
+from kdcompress.runtimes.base import ask
 from kdcompress.tensorrt_engine import Engine, EngineError, describe_here, refusal, why_not_here
 from kdcompress.types import Images, Logits
 
@@ -18,17 +17,16 @@ from kdcompress.types import Images, Logits
 class TensorrtPredictor:
     """An engine that answers as every runtime does; images and logits go through the CPU's memory."""
 
-    def __init__(self, engine: Engine, preprocess: Preprocess) -> None:
+    def __init__(self, engine: Engine, preprocess: Preprocess, interface: Interface) -> None:
         self.runtime = engine.runtime
         self._engine = engine
         self._preprocess = preprocess
+        self._interface = interface
 
     def __call__(self, images: Images, /) -> Logits:
         """Logits for images in [0, 1]."""
-        values = fit_images(images, self._preprocess).to("cpu", torch.float32).contiguous().numpy()
         with engine_errors():
-            logits = self._engine(values)
-        return torch.from_numpy(logits).to(images.device)
+            return ask(self._engine, fit_images(images, self._preprocess), self._interface).to(images.device)
 
 
 def engine_facts(bundle: Bundle) -> Mapping[str, Any]:
@@ -59,7 +57,8 @@ def open_bundle(bundle: Bundle, device: str, threads: int | None) -> TensorrtPre
     if other is not None:
         raise InputError(f"this engine was {other}", where=str(bundle.path), fix="kdcompress export --trt here")
     with engine_errors(where=str(bundle.path)):
-        return TensorrtPredictor(Engine(bundle.model_path.read_bytes(), facts), bundle.preprocess)
+        engine = Engine(bundle.model_path.read_bytes(), facts, bundle.interface.output)
+        return TensorrtPredictor(engine, bundle.preprocess, bundle.interface)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,15 @@ def test_it_is_quantized_exported_and_reported_beside_itself(shop: Shop, file: P
     assert len({round(row["accuracy"]["top1"], 2) for row in rows}) == 1
 
 
+def test_what_was_told_once_holds_for_the_same_file(shop: Shop, file: Path) -> None:
+    shutil.copy(file, shop.folder / "told.onnx")
+    shop.must("quantize", "told.onnx", "--fp16", "--for", "trt", "--data", "digits", "--mean", "0", "--std", "0.5")
+    said = shop.must("export", "told.onnx", "--data", "digits", "--batch", "2")
+    assert "normalisation as told" in said
+    bundle = json.loads((shop.folder / "told" / "onnx-fp32-batch2" / "bundle.json").read_text(encoding="utf-8"))
+    assert bundle["preprocess"]["std"] == [0.5]
+
+
 def test_a_wrong_normalisation_shows(shop: Shop, file: Path) -> None:
     words = ("evaluate", "lonely.onnx", "--data", "digits", "--mean", "300", "--std", "0.001")
     assert "no better than chance" in shop.must(*words)

@@ -16,10 +16,13 @@ from onnx import numpy_helper
 from PIL import Image
 
 import kdcompress
-from kdcompress.device_bundle import SHARED, deploy_folder
+from kdcompress.bundle import Interface
+from kdcompress.device_bundle import SHARED, Card, deploy_folder, write_device_bundle
+from kdcompress.export import change_interface
 from kdcompress.measurement import read_measurement
+from kdcompress.profiles import get_profile
 from tests.deploy.conftest import Delivered, deliver, int8_bundle
-from tests.unit.deployed import CLASSES, onnx_bundle
+from tests.unit.deployed import CLASSES, digits, onnx_bundle
 
 SHORT = ("--restarts", 2, "--iterations", 12, "--warmup", 2)
 SOURCES = sorted(deploy_folder().rglob("*.py")) + [Path(kdcompress.__file__).with_name(name) for name in SHARED]
@@ -60,6 +63,40 @@ def test_the_golden_test_passes_where_torch_cannot_be_imported(delivered: Delive
     assert "6 pictures, pixels within 0 of 255" in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines() if line.endswith("· ok")] == ["fp32", "int8"]
     assert {path: path.stat().st_mtime_ns for path in delivered.path.rglob("*")} == before, "nothing is written"
+
+
+CAMERA = Interface("uint8-nhwc", "probabilities", 2)
+
+
+def test_a_graph_of_8_bits_probabilities_and_a_fixed_batch_answers_the_same(
+    delivered: Delivered, tmp_path: Path
+) -> None:
+    images = digits()[0][:20]
+    flavours = {
+        bundle.precision: change_interface(bundle, tmp_path / bundle.precision, CAMERA, images=images)
+        for bundle in (onnx_bundle(), int8_bundle())
+    }
+    camera = Delivered(write_device_bundle(tmp_path / "on", flavours, profile=get_profile("ort-x86"), card=Card()))
+    done = camera.run("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("· ok") == 2
+    plain = {name: np.load(delivered.path / "golden" / "expected.npz")[name] for name in ("fp32", "pixels")}
+    found = {name: np.load(camera.path / "golden" / "expected.npz")[name] for name in ("fp32", "pixels")}
+    np.testing.assert_array_equal(found["pixels"], plain["pixels"])
+    logits = plain["fp32"].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(found["fp32"], np.maximum(expected, np.log(1e-7)), rtol=1e-3, atol=1e-3)
+    picture = delivered.path / "golden" / "3.jpg"
+    words = ("classify", picture, "--top", 10, "--json", "--precisions", "fp32", "--resize", "bilinear-crop")
+    answers = [json.loads(one.run(*words).stdout)["classes"] for one in (delivered, camera)]
+    assert list(answers[0])[:3] == list(answers[1])[:3]
+    assert answers[0] == pytest.approx(answers[1], abs=1e-3)
+    done = camera.run("measure", *SHORT, "--out", tmp_path / "m.json")
+    assert done.returncode == 0, done.stderr
+    assert {entry["batch_size"] for entry in json.loads((tmp_path / "m.json").read_text())["models"]} == {2}
+    done = camera.run("measure", *SHORT, "--batch-sizes", 1, "--out", tmp_path / "n.json")
+    assert done.returncode == 2
+    assert "these models take 2 images at once" in done.stderr
 
 
 def test_it_is_what_sha256sum_reads(delivered: Delivered) -> None:

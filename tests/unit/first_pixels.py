@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from kdcompress.bundle import Bundle, Precision, Preprocess, provenance_step, write_bundle
+from kdcompress.bundle import PLAIN, Bundle, Interface, Precision, Preprocess, provenance_step, write_bundle
 from tests.unit.stand_in_tensorrt import CLASSES
 
 LAYERS = json.dumps(
@@ -23,17 +23,19 @@ LAYERS = json.dumps(
 """What the inspector tells: a convolution in INT8, and a copy."""
 
 
-def first_pixels(folder: Path, precision: Precision = "int8", *, start: int = 0) -> Bundle:
-    """Writes the bundle; with `start`, the logits begin at a later pixel."""
+def first_pixels(
+    folder: Path, precision: Precision = "int8", *, start: int = 0, interface: Interface = PLAIN
+) -> Bundle:
+    """Writes the bundle; with `start`, the answers begin at a later pixel."""
     constants = {"start": [start], "end": [start + CLASSES], "axis": [1]}
     graph = helper.make_graph(
         [
             helper.make_node("Flatten", ["images"], ["flat"], axis=1),
-            helper.make_node("Slice", ["flat", *constants], ["logits"]),
+            helper.make_node("Slice", ["flat", *constants], [interface.output]),
         ],
         "first_pixels",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 2, 2])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        [helper.make_tensor_value_info(interface.output, TensorProto.FLOAT, ["batch", CLASSES])],
         [helper.make_tensor(name, TensorProto.INT64, [1], value) for name, value in constants.items()],
     )
     model: Any = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -47,4 +49,5 @@ def first_pixels(folder: Path, precision: Precision = "int8", *, start: int = 0)
         arch="first-pixels",
         num_params=0,
         provenance=(provenance_step("train"),),
+        interface=interface,
     )

@@ -144,7 +144,7 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
             return bool(shape[1:] == (3, 2, 2))
 
         def get_tensor_shape(self, name: str) -> Any:
-            return (self._shape[0], CLASSES) if name == "logits" else self._shape
+            return self._shape if name == "images" else (self._shape[0], CLASSES)
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             self._addresses[name] = memory
@@ -155,7 +155,8 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
             count = int(np.prod(self._shape))
             images = np.ctypeslib.as_array((ctypes.c_float * count).from_address(self._addresses["images"]))
             logits = np.ascontiguousarray(images.reshape(self._shape[0], -1)[:, :CLASSES])
-            ctypes.memmove(self._addresses["logits"], logits.ctypes.data, logits.nbytes)
+            (output,) = (address for name, address in self._addresses.items() if name != "images")
+            ctypes.memmove(output, logits.ctypes.data, logits.nbytes)
             if self.profiler is not None:
                 for layer in json.loads(behaviour["layers"])["Layers"]:
                     self.profiler.report_layer_time(layer["Name"], 0.25)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kdcompress.bundle import Bundle, Preprocess
+from kdcompress.bundle import Bundle, Interface, Precision, Preprocess
 from kdcompress.device_bundle import Card, write_device_bundle
 from kdcompress.device_bundle._golden import draw_picture
 from kdcompress.errors import InputError, OutputError
+from kdcompress.export import change_interface
 from kdcompress.profiles import PROFILES, get_profile
 from kdcompress.report.base import AccuracyPart
 from tests.unit.deployed import digits, onnx_bundle, student_bundle
@@ -103,6 +104,23 @@ def test_the_texts_fit_the_profile_and_have_no_gaps(profile: str, tmp_path: Path
     assert "--stronglyTyped" in lines[2]
     assert "--stronglyTyped" not in lines[1] + lines[3]
     assert "--maxShapes=images:32x1x8x8" in lines[3]
+
+
+def test_the_texts_say_how_the_models_are_spoken_to(tmp_path: Path) -> None:
+    spoken = Interface("uint8-nhwc", "probabilities", 3)
+    bundle = change_interface(onnx_bundle(), tmp_path / "onnx", spoken, images=digits()[0][:4])
+    folder = write_device_bundle(tmp_path / "a", {"fp32": bundle}, profile=PROFILE, card=Card())
+    config = (folder / "triton" / "resnet8" / "config.pbtxt").read_text(encoding="utf-8")
+    assert "max_batch_size: 0\n" in config
+    assert "data_type: TYPE_UINT8 dims: [ 3, 8, 8, 1 ]" in config
+    assert 'name: "probabilities" data_type: TYPE_FP32 dims: [ 3, 10 ]' in config
+    assert "--optShapes=images:3x8x8x1" in (folder / "trtexec.md").read_text(encoding="utf-8")
+    assert "8 × 8 × 1 images of 8 bits" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "8 bits, 0 to 255, 3 × 8, 8, 1, and gives\n  `probabilities`" in readme
+    flavours: dict[Precision, Bundle] = {"fp32": bundle, "fp16": onnx_bundle()}
+    with pytest.raises(InputError, match="not an ONNX bundle of the same student"):
+        write_device_bundle(tmp_path / "b", flavours, profile=PROFILE, card=Card())
 
 
 def test_only_onnx_bundles_of_one_student_belong_into_one_folder(tmp_path: Path) -> None:

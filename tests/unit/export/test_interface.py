@@ -80,6 +80,23 @@ def test_a_camera_file_is_quantized_as_any_other(tmp_path: Path) -> None:
     assert made.provenance[-1]["agreement"]["value"] > 0.9
 
 
+def test_a_fixed_batch_stays_when_the_rest_changes(tmp_path: Path) -> None:
+    fixed = changed(tmp_path / "fixed", Interface(batch=4))
+    made = changed(tmp_path / "made", Interface("uint8-nhwc"), fixed)
+    assert made.interface == Interface("uint8-nhwc", batch=4)
+    images = digits()[0][:6]
+    torch.testing.assert_close(open_bundle(made)(images), open_bundle(onnx_bundle())(images), rtol=1e-3, atol=5e-2)
+    with pytest.raises(InputError, match="batch4 already"):
+        changed(tmp_path / "x", Interface("uint8-nhwc", batch=2), fixed)
+
+
+def test_bytes_are_cast_before_anything_else(tmp_path: Path) -> None:
+    made = changed(tmp_path / "made", Interface("uint8-nhwc"))
+    model = onnx.load(made.model_path)
+    readers = [node.op_type for node in model.graph.node if "images" in node.input]
+    assert readers == ["Cast"], "TensorRT has nothing else for bytes"
+
+
 def test_names_of_folders_tell_what_differs() -> None:
     assert Interface().changes == ""
     assert CAMERA.changes == "-uint8-nhwc-probabilities-batch4"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdcompress import cuda_driver
-from kdcompress.bundle import read_bundle
+from kdcompress.bundle import Interface, read_bundle
 from kdcompress.errors import InputError, RunError, VerificationError
 from kdcompress.export.trt import TARGET, TrtTarget
 from kdcompress.profiles import get_profile
@@ -53,6 +53,19 @@ def test_an_engine_is_a_bundle_that_says_where_it_belongs(
     stand_in(monkeypatch, stand_in_driver, "10.13.3.9")
     with pytest.raises(InputError, match=r"built by TensorRT 10\.3\.0, here is 10\.13\.3\.9"):
         open_bundle(made)
+
+
+def test_probabilities_and_a_fixed_batch_are_spoken_to_as_in_the_graph(
+    stand_in_driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, stand_in_driver)
+    spoken = Interface(output="probabilities", batch=2)
+    source = first_pixels(tmp_path / "onnx", interface=spoken)
+    made = TARGET.run(source, tmp_path / "engine", profile=PROFILE, images=IMAGES)
+    assert made.interface == spoken
+    options = made.provenance[-1]["options"]
+    assert [options[name] for name in ("min_batch", "opt_batch", "max_batch")] == [2, 2, 2]
+    torch.testing.assert_close(open_bundle(made)(IMAGES), IMAGES.flatten(1)[:, :4].log())
 
 
 def test_what_is_not_what_was_asked_for_is_not_kept(
