@@ -16,68 +16,37 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from kdcompress import onnx_graph
-from kdcompress.bundle import BUNDLE_FILE, Bundle, model_metadata, provenance_step, write_bundle
+from kdcompress.bundle import BUNDLE_FILE, Bundle
 from kdcompress.checkpoint import LAST, load_state
-from kdcompress.data import Split, unit_interval
-from kdcompress.errors import InputError, OutputError, RecipeError, VerificationError
-from kdcompress.evaluate import agreement
-from kdcompress.export import walk
-from kdcompress.fake_quant import learned_model, learned_ranges, prepare_student
+from kdcompress.errors import InputError, OutputError, RecipeError
+from kdcompress.fake_quant import prepare_student
 from kdcompress.files import atomic_folder, require_empty
 from kdcompress.gate import Verdict
 from kdcompress.networks import Student
 from kdcompress.pipeline._answers import open_answers
 from kdcompress.pipeline._gate import JudgedImages, find_drop, judged_images
 from kdcompress.pipeline._parts import Parts, prepare
-from kdcompress.pipeline._source import VERIFIED_IMAGES, Source, choose_profile, find_splits
+from kdcompress.pipeline._rounded import Plan, make_plan, write
+from kdcompress.pipeline._source import Source, choose_profile, find_splits
 from kdcompress.pipeline._training import require_unchanged, run_training
 from kdcompress.pipeline._verdict import Limits, advice, hold_to, keep
 from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
-from kdcompress.profiles import Profile, instruction_sets
-from kdcompress.quantize import find_quantizer
-from kdcompress.quantize.int8 import quantize_model
 from kdcompress.recipe import Recipe, build_recipe, merge, parse_override, write_recipe
 from kdcompress.runtimes import open_bundle
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
-from kdcompress.types import Images
 
 FOLDER = "qat"
 PART = 10
 """The run's epochs and its learning rate are divided by this."""
 LEAST_EPOCHS = 2
-LEAST_AGREEMENT = 0.995
-"""Below this the file in ONNX Runtime is not the student that was trained."""
-COMPARED_IMAGES = 2000
-_BATCH = 256
 OWN_SECTIONS = ("train", "cache")
 """What of the recipe may be changed; all else is the run's."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The student as it is, in the files that say where it will be rounded.
-
-    Args:
-        exported: its fp32 ONNX bundle.
-        quantized: the INT8 `onnx.ModelProto` of that, its ranges found on the calibration images.
-        calibration: those images.
-        profile: the scheme.
-        reduce_range: whether weights get 7 bits.
-    """
-
-    exported: Bundle
-    quantized: Any
-    calibration: Images
-    profile: Profile
-    reduce_range: bool
 
 
 def quantize_aware(
@@ -171,78 +140,6 @@ def shorter_recipe(run: RunFolder, overrides: Sequence[str]) -> Recipe:
     return build_recipe(content, overrides, where="--qat")
 
 
-def make_plan(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> Plan:
-    """Exports the run's student to `out`, and quantizes it after training.
-
-    Raises:
-        VerificationError: the graph cannot be exported or quantized.
-    """
-    ids = parts.splits.calibration.ids
-    calibration = unit_interval(parts.splits.calibration.images.load(ids))
-    few = calibration[:VERIFIED_IMAGES]
-    exported = walk(run.student(), "onnx", out, profile=profile, images=few, replace=True)
-    reduce_range = profile.reduces_range(instruction_sets())
-    quantized = quantize_model(exported.model_path, calibration, profile, reduce_range=reduce_range)
-    return Plan(exported, quantized, calibration, profile, reduce_range)
-
-
-def write(plan: Plan, student: Student, parts: Parts, folder: RunFolder, scratch: Path) -> Bundle:
-    """Writes the weights into `folder` and the INT8 bundle into `scratch`, once that answers as the student does.
-
-    Raises:
-        VerificationError: it answers otherwise; both figures are named.
-    """
-    import onnx
-
-    model, ranges = learned_model(student, onnx.load(plan.exported.model_path)), learned_ranges(student)
-    file = scratch / "learned.onnx"
-    file.write_bytes(model.SerializeToString(deterministic=True))
-    made = quantize_model(file, plan.calibration, plan.profile, reduce_range=plan.reduce_range, ranges=ranges)
-    file.write_bytes(made.SerializeToString(deterministic=True))
-    session = open_session(file, as_written=plan.profile.runtime != "onnxruntime")
-    predictor = OnnxPredictor(session, plan.exported.preprocess, plan.exported.interface)
-    images = torch.cat([plan.calibration, _load(parts.splits.val, COMPARED_IMAGES - len(plan.calibration))])
-    with torch.no_grad():
-        batches = torch.split(images, _BATCH)
-        expected, found = (
-            torch.cat([answer(batch) for batch in batches]) for answer in (student.deployable(), predictor)
-        )
-    agreed = agreement(expected, found)
-    if agreed < LEAST_AGREEMENT:
-        what = f"the INT8 file gives the class of the trained student for {agreed:.2%} of {len(images)} images"
-        raise VerificationError(f"{what}, {LEAST_AGREEMENT:.1%} is needed", where=str(folder.path))
-
-    step = provenance_step(
-        "distill-quantized",
-        plan.exported,
-        profile=plan.profile.name,
-        method={"name": parts.recipe.method.name, **parts.recipe.method.options},
-        train=parts.recipe.train.model_dump(mode="json", exclude={"device", "checkpoint_minutes"}),
-        learned_ranges=len(ranges),
-        agreement={"with": "trained student", "value": round(agreed, 6), "images": len(images)},
-    )
-    provenance = (*plan.exported.provenance, step)
-    onnx_graph.set_metadata(model, model_metadata(plan.exported, provenance))
-
-    def write_model(path: Path) -> None:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-
-    learned = write_bundle(
-        folder.path / "onnx-fp32",
-        write_model,
-        kind="onnx",
-        precision="fp32",
-        classes=plan.exported.classes,
-        preprocess=plan.exported.preprocess,
-        arch=plan.exported.arch,
-        arch_args=plan.exported.arch_args,
-        num_params=plan.exported.num_params,
-        provenance=provenance,
-        replace=True,
-    )
-    return find_quantizer("int8").run(learned, plan.calibration, scratch / "made", profile=plan.profile, ranges=ranges)
-
-
 def _find_run(source: Path | None) -> RunFolder:
     """A run of one student, named or the newest.
 
@@ -298,10 +195,6 @@ def _take_over_method(parts: Parts, run: RunFolder, speak: Console) -> None:
         speak.print(f"note: {run.path / LAST} is gone, so what {parts.recipe.method.name} itself learned starts anew")
         return
     method.load_state_dict(load_state(run.path / LAST)["run"]["methods"][0])
-
-
-def _load(split: Split, count: int) -> Images:
-    return unit_interval(split.images.load(split.ids[: max(0, count)]))
 
 
 def _hold_to(
