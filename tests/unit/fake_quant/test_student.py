@@ -177,6 +177,25 @@ class Mixed(nn.Module):
         return logits
 
 
+class Shuffled(nn.Module):
+    """Channels in another order, as in ShuffleNet; on the way there the same numbers stand in a tensor of 5 axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), Shuffle())
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.linear(self.stem(images).mean((2, 3)))
+        return logits
+
+
+class Shuffle(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        height, width = values.shape[2:]
+        return values.reshape(-1, 2, 4, height, width).transpose(1, 2).reshape(-1, 8, height, width)
+
+
 def wrapped(network: nn.Module, size: int, stages: tuple[str, ...] | None = None) -> Student:
     """A student whose batch norms have seen images, so that folding them does something."""
     preprocess = Preprocess(3, size, size, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
@@ -208,6 +227,11 @@ def check(student: Student, folder: Path) -> None:
 def test_many_layers_of_many_kinds(tmp_path: Path) -> None:
     torch.manual_seed(0)
     check(wrapped(Mixed(), 16, ("stem", "deep")), tmp_path)
+
+
+def test_a_feature_map_is_not_taken_for_the_step_before_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check(wrapped(Shuffled(), 16, ("stem",)), tmp_path)
 
 
 @pytest.mark.slow
