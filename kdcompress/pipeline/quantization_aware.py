@@ -42,8 +42,10 @@ from kdcompress.runtimes import open_bundle
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
 
 FOLDER = "qat"
-PART = 10
-"""The run's epochs and its learning rate are divided by this."""
+EPOCHS_PART = 10
+"""The run's epochs are divided by this."""
+RATE_PART = {"sgd": 1000, "adamw": 10}
+"""The run's learning rate is divided by this; with batch norm folded, nothing holds a step of SGD that is too long."""
 LEAST_EPOCHS = 2
 OWN_SECTIONS = ("train", "cache")
 """What of the recipe may be changed; all else is the run's."""
@@ -132,8 +134,8 @@ def shorter_recipe(run: RunFolder, overrides: Sequence[str]) -> Recipe:
     settings = recipe.train
     assert settings.lr is not None, "resolved when the run began"
     shorter = {
-        "epochs": max(LEAST_EPOCHS, round(settings.epochs / PART)),
-        "lr": settings.lr / PART,
+        "epochs": max(LEAST_EPOCHS, round(settings.epochs / EPOCHS_PART)),
+        "lr": settings.lr / RATE_PART[settings.optimizer],
         "warmup_epochs": 0.0,
     }
     content = merge(_from_its_student(recipe, run).model_dump(mode="json"), {"train": shorter})
