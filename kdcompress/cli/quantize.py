@@ -100,7 +100,7 @@ def command(
 
     \b
     kdcompress quantize runs/mine --for ort-x86
-    kdcompress quantize --qat runs/mine --for ort-x86 train.epochs=4 train.lr=0.001
+    kdcompress quantize --qat runs/mine --for ort-x86 train.epochs=4 train.lr=0.0001
     """
     from kdcompress.errors import InputError
     from kdcompress.pipeline._verdict import Limits
