@@ -11,6 +11,9 @@ from kdcompress import onnx_graph
 from kdcompress.lint.base import LAYERS, Graph, Place, name_of, rule
 from kdcompress.profiles import Profile
 
+_INTEGERS = {2: "uint8", 3: "int8", 4: "uint16", 5: "int16"}
+"""Of TensorProto's element types."""
+
 
 @rule("error")
 def nonzero_zero_point(graph: Graph, profile: Profile) -> Iterator[Place]:
@@ -40,15 +43,28 @@ def asymmetric_weights(graph: Graph, profile: Profile) -> Iterator[Place]:
 
 @rule("error")
 def unsigned_in_tensorrt(graph: Graph, profile: Profile) -> Iterator[Place]:
-    """Activations are uint8.
+    """Activations or weights are uint8.
 
     Why: TensorRT's Q/DQ layers are int8 only.
-    Do: quantize again: `kdcompress quantize --int8 --for PROFILE` (elsewhere activation_type=QInt8).
+    Do: quantize again: `kdcompress quantize --int8 --for PROFILE` (elsewhere activation_type and weight_type QInt8).
     """
     for node in graph.quantizers() if profile.runtime == "tensorrt" else ():
-        zero = graph.zero_point(node)
-        if node.op_type == "QuantizeLinear" and (zero is None or zero.dtype == np.uint8):
-            yield name_of(node), "uint8" if zero is not None else "no zero point: uint8 by ONNX's definition"
+        numbers = _numbers(graph, node)
+        if numbers in (None, "uint8"):
+            yield name_of(node), numbers or "no zero point: uint8 by ONNX's definition"
+
+
+@rule("error")
+def sixteen_bits_in_tensorrt(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """Q/DQ pairs of 16-bit integers.
+
+    Why: TensorRT's Q/DQ layers take 8-bit and smaller numbers only; the parser stops at others.
+    Do: quantize again: `kdcompress quantize --int8 --for PROFILE`; keep in fp16 what 8 bits do not hold.
+    """
+    for node in graph.quantizers() if profile.runtime == "tensorrt" else ():
+        numbers = _numbers(graph, node)
+        if numbers in ("int16", "uint16"):
+            yield name_of(node), numbers
 
 
 @rule("warning")
@@ -139,6 +155,18 @@ def half_quantized(graph: Graph, profile: Profile) -> Iterator[Place]:
             yield name_of(node), "float input, quantized weights"
 
 
+@rule("note")
+def weights_not_quantized(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """A layer reads 8-bit numbers and its weights are float.
+
+    Why: it computes in float, on rounded images.
+    Do: nothing, if it was kept so on purpose (mixed precision); else `kdcompress quantize --int8 --for PROFILE`.
+    """
+    for node, _ in graph.layers():
+        if [graph.pair(name)[1] is not None for name in node.input[:2]] == [True, False]:
+            yield name_of(node), "quantized input, float weights"
+
+
 @rule("warning")
 def skip_not_quantized(graph: Graph, profile: Profile) -> Iterator[Place]:
     """Neither input of a residual Add has a Q/DQ pair, in a quantized graph.
@@ -224,6 +252,19 @@ def saturates_without_vnni(graph: Graph, profile: Profile) -> Iterator[Place]:
         ]
         if full:
             yield name_of(full[0]), f"{len(full)} layers"
+
+
+def _numbers(graph: Graph, node: Any) -> str | None:
+    """The integers that a QuantizeLinear makes or a constant's DequantizeLinear reads; None where none are named.
+
+    Of the others "", as their QuantizeLinear tells.
+    """
+    zero = graph.zero_point(node)
+    if node.op_type == "QuantizeLinear":
+        named = next((attribute.i for attribute in node.attribute if attribute.name == "output_dtype"), 0)
+        return zero.dtype.name if zero is not None else _INTEGERS.get(named)
+    constant = graph.value(node.input[0])
+    return "" if constant is None else constant.dtype.name
 
 
 def _is_int8(graph: Graph, node: Any) -> bool:

@@ -180,9 +180,19 @@ def mean_for_pooling(graph: Graph, profile: Profile) -> Iterator[Place]:
     Do: `kdcompress export` writes GlobalAveragePool.
     """
     for node in graph.nodes if profile.pools_means else ():
-        if node.op_type != "ReduceMean" or graph.ranks.get(node.input[0]) != 4:
+        if graph.ranks.get(node.input[0] if node.input else "") != 4:
             continue
-        axes = graph.value(node.input[1]) if len(node.input) > 1 else None
-        given = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "axes"), None)
-        if sorted(int(axis) % 4 for axis in (axes if axes is not None else given or ())) == [2, 3]:
+        axes = _mean_axes(graph, node)
+        if len(axes) == 1:  # x.mean(3).mean(2) is written as two
+            axes += [axis for reader in graph.readers.get(node.output[0], ()) for axis in _mean_axes(graph, reader)]
+        if sorted(axis % 4 for axis in axes) == [2, 3]:
             yield name_of(node), "mean over height and width"
+
+
+def _mean_axes(graph: Graph, node: Any) -> list[int]:
+    """What a ReduceMean runs over; nothing for other operators."""
+    if node.op_type != "ReduceMean":
+        return []
+    axes = graph.value(node.input[1]) if len(node.input) > 1 else None
+    given = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "axes"), [])
+    return [int(axis) for axis in (axes if axes is not None else given)]

@@ -288,6 +288,21 @@ def depthwise_quantized(model: Any) -> None:
     conv.attribute.append(helper.make_attribute("group", len(constant(model, weight))))
 
 
+@broken("trt", "trt")
+def sixteen_bits_in_tensorrt(model: Any) -> None:
+    name = node_of(model, "QuantizeLinear").input[2]
+    set_constant(model, name, constant(model, name).astype(np.int16))
+    model.opset_import[0].version = 21
+    model.ir_version = 10
+
+
+@broken("trt", "trt")
+def weights_not_quantized(model: Any) -> None:
+    conv = next(node for node in model.graph.node if node.op_type == "Conv" and dequantizer(model, node.input[0]))
+    start = dequantizer(model, conv.input[1]).input[0]
+    conv.input[1] = next(node.input[0] for node in model.graph.node if start in node.output)
+
+
 @broken("ort-x86", "ort-x86")
 def output_quantized(model: Any) -> None:
     gemm = node_of(model, "Gemm")
@@ -308,7 +323,8 @@ def saturates_without_vnni(model: Any) -> None:
 
 
 def dequantizer(model: Any, name: str) -> Any:
-    return next(node for node in model.graph.node if name in node.output and node.op_type == "DequantizeLinear")
+    made = (node for node in model.graph.node if name in node.output and node.op_type == "DequantizeLinear")
+    return next(made, None)
 
 
 def square(model: Any, conv: Any) -> bool:
@@ -332,6 +348,31 @@ def test_a_rule_finds_what_was_broken_and_nothing_before(name: str) -> None:
         assert (one.severity, one.fix) == (rule.severity, rule.fix)
         assert one.where or one.what
         assert "\n" not in one.where + one.what
+
+
+def test_a_mean_in_two_steps_is_found() -> None:
+    model = graph("fp32")
+    pool = node_of(model, "GlobalAveragePool")
+    first = helper.make_node("ReduceMean", [pool.input[0]], ["rows"], name="m1", axes=[3], keepdims=1)
+    second = helper.make_node("ReduceMean", ["rows"], [pool.output[0]], name="m2", axes=[-2], keepdims=1)
+    insert(model, pool, first, second)
+    model.graph.node.remove(pool)
+    found = [one for one in findings(model, "trt") if one.rule == "mean-for-pooling"]
+    assert [one.where for one in found] == ["ReduceMean m1"]
+
+
+def test_unsigned_weights_are_found() -> None:
+    model = graph("ort-arm")
+    assert "unsigned-in-tensorrt" not in {one.rule for one in findings(model, "trt")}
+    node = next(one for one in model.graph.node if one.op_type == "DequantizeLinear" and is_constant(model, one))
+    set_constant(model, node.input[0], np.abs(constant(model, node.input[0])).astype(np.uint8))
+    set_constant(model, "unsigned", constant(model, node.input[2]).astype(np.uint8))
+    node.input[2] = "unsigned"
+    assert [one.what for one in findings(model, "trt") if one.rule == "unsigned-in-tensorrt"] == ["uint8"]
+
+
+def is_constant(model: Any, node: Any) -> bool:
+    return node.input[0] in {item.name for item in model.graph.initializer}
 
 
 def test_every_rule_is_broken_here() -> None:
