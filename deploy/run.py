@@ -4,8 +4,13 @@
 import sys
 
 if sys.version_info < (3, 8):  # noqa: UP036
-    sys.exit("error: Python 3.8 or later is needed, this is {}.{}\nuse trtexec.md".format(*sys.version_info[:2]))
+    sys.stderr.write("error: Python 3.8 or later is needed, this is {}.{}\nuse trtexec.md\n".format(*sys.version_info))
+    sys.exit(2)
 sys.dont_write_bytecode = True  # the folder stays as it was delivered
+
+from pathlib import Path  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python3 -I leaves it out
 
 from runner.main import main  # noqa: E402
 

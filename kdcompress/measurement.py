@@ -7,7 +7,7 @@ were timed in turns: their ratio is what a verdict about speed rests on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Final, Literal, TypeAlias
@@ -106,7 +106,8 @@ def read_measurement(path: Path, known: Sequence[str] = ()) -> Measurement:
         known: digests of bundles; where given, the file must speak of at least one of them.
 
     Raises:
-        InputError: it cannot be read, is not a measurement of this version, or speaks of other bundles.
+        InputError: it cannot be read, is not a measurement of this version, holds control characters, or speaks of
+            other bundles.
     """
     try:
         if path.stat().st_size > _LARGEST_FILE:
@@ -117,9 +118,24 @@ def read_measurement(path: Path, known: Sequence[str] = ()) -> Measurement:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"not a measurement of this version: {place} {first['msg']}", where=str(path)) from error
+        told = f"{place} {first['msg']}".strip()
+        raise InputError(f"not a measurement of this version: {told}", where=str(path)) from error
+    if controls := sorted({hex(ord(one)) for text in _texts(found.model_dump()) for one in text if ord(one) < 32}):
+        raise InputError(f"its texts hold control characters ({', '.join(controls)})", where=str(path))
     digests = sorted({entry.bundle for entry in found.models})
     if known and not set(digests) & set(known):
         what = f"measured on other bundles: {', '.join(digest[:12] + '…' for digest in digests)}"
         raise InputError(what, where=str(path), fix=f"here are {', '.join(digest[:12] + '…' for digest in known)}")
     return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in it, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (str(key), *_texts(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)

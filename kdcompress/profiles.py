@@ -44,6 +44,7 @@ class Profile:
         runtime: what opens the file.
         version: the version of the runtime that this is about, or the oldest one.
         device: what it runs on.
+        architectures: what `platform.machine()` calls it there, in lower case; empty: any.
         precisions: what runtime and device compute in.
         typed: every number's type stands in the graph, and no flag of a builder changes it (TensorRT from 10 on).
         opset: the opset that a graph is exported with; a higher one only where its operators need it.
@@ -68,6 +69,7 @@ class Profile:
     runtime: Runtime
     version: str
     device: str
+    architectures: tuple[str, ...] = ()
     precisions: tuple[Number, ...]
     typed: bool = False
     opset: int = 17
@@ -117,11 +119,13 @@ _CNN_OPERATORS = (
     *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool"),
     *("Concat", "Split", "Slice", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
 )
+_ARM = ("aarch64", "arm64")
 _ORT_X86 = Profile(
     name="ort-x86",
     runtime="onnxruntime",
     version="1.30",
     device="x86-64 CPU",
+    architectures=("x86_64", "amd64"),
     precisions=("fp32", "fp16", "int8"),
     newest_opset=26,
     activation_type="uint8",
@@ -162,7 +166,13 @@ PROFILES: Mapping[str, Profile] = {
     for profile in (
         _ORT_X86,
         replace(
-            _ORT_X86, name="ort-arm", device="64-bit ARM CPU", activation_type="int8", reduce_range="never", note=""
+            _ORT_X86,
+            name="ort-arm",
+            device="64-bit ARM CPU",
+            architectures=_ARM,
+            activation_type="int8",
+            reduce_range="never",
+            note="",
         ),
         replace(_TRT_86, name="trt8.5", version="8.5", device="NVIDIA GPU; Jetson Xavier, Orin with JetPack 5.1"),
         _TRT_86,
@@ -173,6 +183,7 @@ PROFILES: Mapping[str, Profile] = {
             _TRT_103,
             name="jetson-orin",
             device="Jetson Orin with JetPack 6.1 or 6.2",
+            architectures=_ARM,
             precisions=("fp32", "fp16", "bf16", "int8"),
             note="JetPack 6.0 has TensorRT 8.6 (--for trt8.6), 5.1 has 8.5, 7.2 has 10.16; Orin has no FP8",
         ),
@@ -180,6 +191,7 @@ PROFILES: Mapping[str, Profile] = {
             _TRT_1013,
             name="jetson-thor",
             device="Jetson Thor with JetPack 7.0 or 7.1",
+            architectures=_ARM,
             note="JetPack 7.2 has TensorRT 10.16; strongly typed: what is fp32 in the graph runs in fp32",
         ),
         replace(
@@ -215,7 +227,7 @@ def get_profile(name: str) -> Profile:
 
 def default_profile() -> Profile:
     """The profile of the machine this runs on."""
-    return PROFILES["ort-arm" if platform.machine().lower() in ("aarch64", "arm64") else "ort-x86"]
+    return PROFILES["ort-arm" if platform.machine().lower() in _ARM else "ort-x86"]
 
 
 def instruction_sets() -> frozenset[str]:

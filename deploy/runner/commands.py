@@ -160,7 +160,12 @@ def _batch_sizes(models: list[Model], asked: tuple[int, ...] | None) -> list[int
 def _pictures(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if not found:
+                raise DeviceError(
+                    "no pictures in this folder", str(path), f"files that end in {', '.join(sorted(SUFFIXES))}"
+                )
+            yield from found
         else:
             yield path
 

@@ -138,8 +138,11 @@ def _verify(root: Path) -> str:
         content = manifest.read_bytes()
     except OSError:
         raise DeviceError(f"there is no {MANIFEST} here", str(root), "copy the whole device bundle") from None
-    for line in content.decode("utf-8").splitlines():
+    listed = set()
+    for line in content.decode("utf-8", "replace").splitlines():
         wanted, _, name = line.partition("  ")
+        if len(wanted) != 64 or not name:
+            raise DeviceError(f"{MANIFEST} is damaged: {line!r} is no line of it", str(root), "copy the folder again")
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise DeviceError(f"{MANIFEST} names {name}, outside of the folder", str(root))
@@ -150,4 +153,12 @@ def _verify(root: Path) -> str:
         if found != wanted:
             what = f"{name} was changed or damaged: its digest is {found[:12]}…, {wanted[:12]}… was written"
             raise DeviceError(what, str(root), "copy the folder again")
+        listed.add(path)
+    for path in sorted({PurePosixPath(DEVICE_FILE), *_models(root)} - listed):
+        raise DeviceError(f"{MANIFEST} does not name {path}", str(root), "copy the folder again")
     return hashlib.sha256(content).hexdigest()
+
+
+def _models(root: Path) -> set[PurePosixPath]:
+    """The model files that lie in the folder."""
+    return {PurePosixPath(file.relative_to(root).as_posix()) for file in root.glob("models/*")}

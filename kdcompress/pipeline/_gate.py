@@ -201,6 +201,8 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
 def renew_verdicts(bundles: Mapping[str, Bundle], measurement: Measurement) -> dict[str, Verdict]:
     """Writes the verdict on each INT8 bundle that was timed on its target; those it was not asked about stay.
 
+    One process says nothing about the spread of a speed-up: a bundle timed in one keeps its verdict.
+
     Args:
         bundles: name -> bundle, all of one run.
         measurement: from the target.
@@ -214,7 +216,8 @@ def renew_verdicts(bundles: Mapping[str, Bundle], measurement: Measurement) -> d
     renewed = {}
     for name, bundle in bundles.items():
         before = read_verdict(bundle.path, bundle.digest)
-        if before is None or measurement.of(bundle.digest) is None:
+        mine = measurement.of(bundle.digest)
+        if before is None or mine is None or len(mine.latency_ms) < 2:
             continue
         renewed[name] = believe(before, bundle, list(bundles.values()), measurement)
         write_verdict(bundle.path, renewed[name], bundle.digest, {"measurement": measurement.model_dump(mode="json")})

@@ -21,13 +21,31 @@ def read_checked(file: Path, bundles: Mapping[str, Bundle]) -> Measurement:
     """A file from a device, held against the bundles of a run.
 
     Raises:
-        InputError: it is no measurement, speaks of other bundles, or was made by another runtime than its profile's.
+        InputError: it is no measurement, speaks of other bundles, contradicts them or itself, or was made by another
+            runtime or another kind of CPU than its profile's.
     """
     found = read_measurement(file, known=[bundle.digest for bundle in bundles.values()])
-    wanted = get_profile(found.profile).runtime
-    if not found.runtime.startswith(wanted):
-        what = f"measured in {found.runtime}, which says nothing about {found.profile}, where {wanted} runs it"
+    precisions = {bundle.digest: bundle.precision for bundle in bundles.values()}
+    for model in found.models:
+        own = precisions.get(model.bundle, model.precision)
+        if model.precision != own:
+            what = f"it says that {model.bundle[:12]}… is in {model.precision}, and the bundle says {own}"
+            raise InputError(what, where=str(file), fix="take the file as the device wrote it")
+        processes = {len(other.latency_ms) for other in found.models if other.batch_size == model.batch_size}
+        if len(processes) > 1:
+            what = f"models timed in {min(processes)} and in {max(processes)} processes cannot be compared"
+            raise InputError(what, where=str(file), fix="take the file as the device wrote it")
+    try:
+        profile = get_profile(found.profile)
+    except InputError as error:
+        raise InputError(error.what, where=str(file), fix=error.fix) from error
+    if not found.runtime.startswith(profile.runtime):
+        what = f"measured in {found.runtime}, which says nothing about {profile.name}, where {profile.runtime} runs it"
         raise InputError(what, where=str(file), fix="measure with the runtime that the device will use")
+    architecture = str(found.machine.get("architecture", "")).lower()
+    if architecture and profile.architectures and architecture not in profile.architectures:
+        what = f"measured on {architecture}, which says nothing about {profile.name} ({profile.device})"
+        raise InputError(what, where=str(file), fix="measure on the device")
     return found
 
 

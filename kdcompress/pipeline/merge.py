@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdcompress.gate import Verdict
+from kdcompress.gate import LEAST_RESTARTS, Verdict
 from kdcompress.pipeline._gate import renew_verdicts
 from kdcompress.pipeline._measurements import keep, read_all, read_checked
 from kdcompress.pipeline.base import RunFolder, console
@@ -34,6 +34,8 @@ def merge(source: Path | None, files: Sequence[Path]) -> Report | None:
     for file in files:
         found = read_checked(file, bundles)
         speak.print(f"{file}: {found.profile}, {found.place}")
+        if len(found.models[0].latency_ms) < 2:
+            speak.print(f"note: timed in one process; the gate judges by {LEAST_RESTARTS} or more")
         renewed |= renew_verdicts(bundles, found)
         keep(run, found)
     for name, verdict in renewed.items():

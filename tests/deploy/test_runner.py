@@ -192,6 +192,44 @@ def test_a_missing_file_and_a_missing_manifest_are_named(copy: Delivered) -> Non
     assert "there is no MANIFEST.sha256 here" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "MANIFEST.sha256 does not name device.json"),
+        ("zz\n", "MANIFEST.sha256 is damaged: 'zz' is no line of it"),
+        ("\xff\xfe", "MANIFEST.sha256 is damaged"),
+    ],
+)
+def test_a_manifest_that_says_nothing_is_refused(content: str, told: str, copy: Delivered) -> None:
+    (copy.path / "MANIFEST.sha256").write_text(content, encoding="latin-1")
+    done = copy.run("check")
+    assert done.returncode == 2
+    assert f"error: {told}" in done.stderr
+
+
+def test_a_model_that_no_manifest_names_is_refused(copy: Delivered) -> None:
+    manifest = copy.path / "MANIFEST.sha256"
+    lines = [line for line in manifest.read_text().splitlines(keepends=True) if "models/int8.onnx" not in line]
+    manifest.write_text("".join(lines))
+    done = copy.run("check")
+    assert done.returncode == 2
+    assert "MANIFEST.sha256 does not name models/int8.onnx" in done.stderr
+
+
+def test_a_folder_without_pictures_is_an_error(delivered: Delivered, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    done = delivered.run("classify", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no pictures in this folder" in done.stderr
+
+
+def test_an_isolated_python_finds_the_runner(delivered: Delivered, tmp_path: Path) -> None:
+    line = [sys.executable, "-I", str(delivered.path / "run.py"), "--help"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "classify" in done.stdout
+
+
 def test_a_manifest_does_not_reach_outside(copy: Delivered) -> None:
     (copy.path / "MANIFEST.sha256").write_text("0" * 64 + "  ../../etc/passwd\n")
     done = copy.run("check")
