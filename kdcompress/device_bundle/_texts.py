@@ -57,7 +57,7 @@ def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle]
     fill(deploy / "triton" / "config.pbtxt", folder / "triton" / name / "config.pbtxt")
     fill(deploy / "triton" / "README.md", folder / "triton" / "README.md")
     shutil.copyfile(folder / "labels.txt", folder / "triton" / name / "labels.txt")
-    (folder / "trtexec.md").write_text(trtexec_lines(flavours), encoding="utf-8")
+    (folder / "trtexec.md").write_text(trtexec_lines(flavours, profile), encoding="utf-8")
 
 
 def _shape(bundle: Bundle) -> tuple[int, int, int]:
@@ -86,8 +86,11 @@ def _target(profile: Profile) -> str:
     return "arm-cpu" if profile.name == "ort-arm" else "x86-cpu"
 
 
-def trtexec_lines(flavours: Mapping[Precision, Bundle]) -> str:
-    """trtexec.md: how to build and time an engine of each model without Python, for each generation of TensorRT."""
+def trtexec_lines(flavours: Mapping[Precision, Bundle], profile: Profile) -> str:
+    """trtexec.md: how to build and time an engine of each model without Python, for each generation of TensorRT.
+
+    An INT8 file that was made for another runtime is left out, since TensorRT refuses it.
+    """
     first = next(iter(flavours.values()))
     fixed = first.interface.batch
     shape = "x".join(map(str, _shape(first)))
@@ -102,6 +105,12 @@ def trtexec_lines(flavours: Mapping[Precision, Bundle]) -> str:
         "and still figures of two versions do not belong into one table. `--dumpLayerInfo` tells what computes in "
         "which precision; `run.py measure` does all this by itself.",
     ]
+    if profile.runtime != "tensorrt" and "int8" in flavours:
+        lines += [
+            "",
+            f"The INT8 file is for {profile.name}, TensorRT refuses it: `kdcompress quantize --for trt` makes one.",
+        ]
+        flavours = {precision: bundle for precision, bundle in flavours.items() if precision != "int8"}
     for title, flags, timing in (
         ("TensorRT 8.5, 8.6", _FLAGS_OF_8, "--useCudaGraph --useSpinWait --noDataTransfers"),
         (

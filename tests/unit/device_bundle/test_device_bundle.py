@@ -15,6 +15,7 @@ from PIL import Image
 from kdcompress.bundle import Bundle, Interface, Precision, Preprocess
 from kdcompress.device_bundle import Card, write_device_bundle
 from kdcompress.device_bundle._golden import draw_picture
+from kdcompress.device_bundle._texts import trtexec_lines
 from kdcompress.errors import InputError, OutputError
 from kdcompress.export import change_interface
 from kdcompress.profiles import PROFILES, get_profile
@@ -121,6 +122,15 @@ def test_the_texts_say_how_the_models_are_spoken_to(tmp_path: Path) -> None:
     flavours: dict[Precision, Bundle] = {"fp32": bundle, "fp16": onnx_bundle()}
     with pytest.raises(InputError, match="not an ONNX bundle of the same student"):
         write_device_bundle(tmp_path / "b", flavours, profile=PROFILE, card=Card())
+
+
+@pytest.mark.parametrize(("profile", "taken"), [("ort-x86", False), ("jetson-orin", True)])
+def test_an_int8_file_for_another_runtime_is_not_given_to_trtexec(profile: str, taken: bool) -> None:
+    int8 = dataclasses.replace(onnx_bundle(), precision="int8")
+    text = trtexec_lines({"fp32": onnx_bundle(), "int8": int8}, get_profile(profile))
+    assert "--onnx=models/fp32.onnx" in text
+    assert ("--onnx=models/int8.onnx" in text) is taken
+    assert ("TensorRT refuses it" in text) is not taken
 
 
 def test_only_onnx_bundles_of_one_student_belong_into_one_folder(tmp_path: Path) -> None:
