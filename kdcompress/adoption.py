@@ -27,12 +27,14 @@ from kdcompress.bundle import (
     provenance_step,
     write_bundle,
 )
-from kdcompress.errors import InputError, ShapeError, VerificationError
+from kdcompress.errors import BundleError, InputError, ShapeError, VerificationError
 from kdcompress.files import file_digest
 from kdcompress.onnx_file import read_onnx
 from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
 from kdcompress.types import FeatureShape, Images
 
+_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
+"""Of operators that onnxruntime has."""
 _TOLERANCE = 1e-3
 _PICTURE_CHANNELS = (1, 3, 4)
 
@@ -145,7 +147,12 @@ def adopt_onnx(
     channels = image_shape[0]
     preprocess = Preprocess(*image_shape, mean or (0.0,) * channels, std or (1.0,) * channels, "bilinear-crop")
     with tempfile.TemporaryDirectory() as scratch:
-        expected = _ask(_one_file(model, Path(scratch)), ends, images, mean, std)
+        try:
+            expected = _ask(_one_file(model, Path(scratch)), ends, images, mean, std)
+        except BundleError as error:  # of a copy that is gone: the file and the layers are what the user knows
+            foreign = [f"{node.op_type} {node.name}" for node in model.graph.node if node.domain not in _DOMAINS]
+            fix = f"export the network without {', '.join(foreign[:3])}" if foreign else ""
+            raise BundleError(error.what, where=str(path), fix=fix) from error
     speak_as_ours(model, ends, image_shape, mean, std)
     model = onnx_graph.fold_batch_norms(model)
     onnx_graph.keep_global_pooling(model)

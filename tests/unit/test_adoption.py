@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from kdcompress import onnx_interface
 from kdcompress.adoption import adopt_onnx
 from kdcompress.bundle import Bundle, Interface, read_bundle
-from kdcompress.errors import InputError, ShapeError
+from kdcompress.errors import BundleError, InputError, ShapeError
 from kdcompress.lint import lint
 from kdcompress.profiles import get_profile
 from kdcompress.quantize import find_quantizer
@@ -173,6 +173,20 @@ def test_what_is_no_classifier_of_these_images_is_refused(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="has 2 dimensions, images have 4"):
         adopted(path, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_operator_that_no_runtime_has_is_named_with_its_layer_and_file(tmp_path: Path) -> None:
+    def strange(model: Any) -> None:
+        node = next(node for node in model.graph.node if node.op_type == "Relu")
+        node.op_type, node.domain, node.name = "Fancy", "my.operators", "layer_of_mine"
+        model.opset_import.append(helper.make_opsetid("my.operators", 1))
+
+    path = written(tmp_path / "theirs.onnx", strange)
+    with pytest.raises(BundleError, match=r"my\.operators:Fancy") as caught:
+        adopted(path, tmp_path / "out")
+    assert caught.value.where == str(path)
+    assert "Fancy layer_of_mine" in caught.value.fix
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_renamed_tensor_leaves_no_two_of_a_name() -> None:
