@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from kdcompress.lint.base import Graph, Place, name_of, rule
 from kdcompress.onnx_file import ONE_FILE_BYTES, one_line, side_file, tensors
