@@ -181,14 +181,11 @@ class Needs:
     """What a method asks for, declared and checked before anything runs.
 
     Args:
-        labels: "none", "hard" or "soft" (mixed or smoothed distributions).
         teachers: least and largest number of teachers.
-        student_features: names of the student's feature maps; "*" for all.
         teacher_features: name of a teacher's feature map ("last" for its deepest, "*" for all) -> the form it is needed
             in. No other map reaches the method.
         teacher_heads: whether each teacher's own classifier is needed.
         self_teacher: whether each student's pre-trained copy is needed.
-        batch_relations: whether the loss relates the images of a batch to each other.
         heldout: whether `refit` wants images that the teachers have not seen.
         weights: what the weights of the teachers come from. "training labels" is refused on images that the teachers
             were trained on: there it learns who memorised best.
@@ -198,13 +195,10 @@ class Needs:
         students: least and largest number of students trained together.
     """
 
-    labels: Literal["none", "hard", "soft"] = "soft"
     teachers: tuple[int, int] = (1, 64)
-    student_features: tuple[str, ...] = ()
     teacher_features: Mapping[str, FeatureForm] = field(default_factory=dict)
     teacher_heads: bool = False
     self_teacher: bool = False
-    batch_relations: bool = False
     heldout: bool = False
     weights: WeightSource = "fixed"
     mixup_allowed: bool = True

@@ -69,10 +69,8 @@ class AEKD(Method):
 
     @classmethod
     def needs(cls, **options: Any) -> Needs:
-        """Teachers; labels only while `label_weight` is not 0."""
-        dkd = options.get("loss") == "dkd"
-        labels = dkd or bool(options.get("label_weight", LABEL_WEIGHT))
-        return Needs(labels="soft" if labels else "none", weights="answers", mixup_allowed=not dkd)
+        """Teachers."""
+        return Needs(weights="answers", mixup_allowed=options.get("loss") != "dkd")
 
     def forward(self, step: Step) -> LossTerms:
         """The terms `soft_targets` and `labels`, and the weights."""

@@ -165,16 +165,13 @@ class AMTMLKD(Method):
 
     @classmethod
     def needs(cls, *, variant: Variant = "repaired", hint_pool: FeatureForm = "map", **options: Any) -> Needs:
-        """Feature maps of both sides, of the teachers only the deepest; held-out images for the repaired gate."""
+        """Of the teachers the deepest feature map; held-out images for the repaired gate."""
         separate = ("loss", "standardise", "mix")
         settings = resolve_options(variant, **{name: value for name, value in options.items() if name not in separate})
         hints = settings.get("hint_share") or settings.get("hint_weight")
         labelled = options.get("loss") == "dkd"
         return Needs(
-            labels="soft" if settings["label_weight"] else "none",
-            student_features=("*",),
             teacher_features={"last": hint_pool} if hints else {},
-            batch_relations=bool(settings.get("angle_share") or settings.get("angle_weight")),
             heldout=variant == "repaired",
             weights="heldout" if variant == "repaired" else "training labels" if labelled else "training",
             mixup_allowed=not labelled,

@@ -71,15 +71,11 @@ class AverageKD(Method):
 
     @classmethod
     def needs(cls, **options: Any) -> Needs:
-        """Teachers; labels only while `label_weight` is not 0."""
+        """Teachers, of whom one may be drawn for each batch where that changes nothing on average."""
         mix = options.get("mix", "targets")
         # The KL to a mean of targets and the mean of the KLs differ by what does not depend on the student.
         sampled = mix == "losses" or (mix == "targets" and options.get("loss", "kl") == "kl")
-        if options.get("loss") == "dkd":
-            return Needs(labels="hard", mixup_allowed=False, teachers_may_be_sampled=sampled)
-        return Needs(
-            labels="soft" if options.get("label_weight", LABEL_WEIGHT) else "none", teachers_may_be_sampled=sampled
-        )
+        return Needs(mixup_allowed=options.get("loss") != "dkd", teachers_may_be_sampled=sampled)
 
     def forward(self, step: Step) -> LossTerms:
         """The terms `soft_targets` and `labels`."""

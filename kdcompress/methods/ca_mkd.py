@@ -138,12 +138,10 @@ class CAMKD(Method):
 
     @classmethod
     def needs(cls, **options: Any) -> Needs:
-        """Labels; with hints the last maps of both sides and the teachers' classifiers."""
+        """With hints the teachers' last maps and classifiers."""
         hints = bool(options.get("hint_weight", HINT_WEIGHT))
         return Needs(
-            labels="soft",
             weights="labels",
-            student_features=("*",) if hints else (),
             teacher_features={"last": options.get("hint_pool", "map")} if hints else {},
             teacher_heads=hints,
             mixup_allowed=options.get("loss") != "dkd",

@@ -121,15 +121,9 @@ class CTSLMKT(Method):
     @classmethod
     def needs(cls, **options: Any) -> Needs:
         """Two students or more and each one's own copy; teachers if there are any."""
-        relating = (
-            _felt(options.get("distance_share", DISTANCE_SHARE), options.get("distance_weight")),
-            _felt(options.get("angle_share", ANGLE_SHARE), options.get("angle_weight")),
-        )
         return Needs(
             teachers=(0, 64),
-            student_features=("*",) if options.get("relations") == "features" else (),
             self_teacher=bool(options.get("self_weight", SELF_WEIGHT)),
-            batch_relations=any(weight not in NOTHING for weight in relating),
             students=(2, MOST_STUDENTS),
         )
 

@@ -92,7 +92,6 @@ class FitNetMKD(Method):
     def needs(cls, **options: Any) -> Needs:
         """Feature maps of both sides."""
         return Needs(
-            student_features=("*",),
             teacher_features={"*": options.get("hint_pool", "map")},
             mixup_allowed=options.get("loss") != "dkd",
         )

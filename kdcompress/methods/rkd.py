@@ -95,13 +95,10 @@ class RKD(Method):
 
     @classmethod
     def needs(cls, **options: Any) -> Needs:
-        """Feature maps of both sides, unless the logits are related."""
+        """The teachers' feature maps, unless the logits are related."""
         features, dkd = options.get("relations", "features") == "features", options.get("loss") == "dkd"
         return Needs(
-            labels="soft" if dkd or options.get("label_weight", LABEL_WEIGHT) else "none",
-            student_features=("*",) if features else (),
             teacher_features={"*": "pooled"} if features else {},
-            batch_relations=True,
             mixup_allowed=not dkd,
         )
 

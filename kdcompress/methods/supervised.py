@@ -30,7 +30,7 @@ class Supervised(Method):
     @classmethod
     def needs(cls, **options: Any) -> Needs:  # noqa: ARG003
         """Labels, and no teachers."""
-        return Needs(labels="soft", teachers=(0, 0))
+        return Needs(teachers=(0, 0))
 
     def forward(self, step: Step) -> LossTerms:
         """One term, `labels`."""

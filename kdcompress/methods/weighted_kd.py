@@ -72,14 +72,11 @@ class WeightedKD(Method):
 
     @classmethod
     def needs(cls, **options: Any) -> Needs:
-        """Feature maps of the student, and held-out images where the weighting is refitted on some."""
+        """Held-out images where the weighting is refitted on some."""
         weighting, labelled = find_weighting(options.get("weighting", WEIGHTING)), options.get("loss") == "dkd"
         learns = weighting.refit is not Weighting.refit
         source = "heldout" if learns else weighting.source
-        asked = labelled or source == "labels" or bool(options.get("label_weight", LABEL_WEIGHT))
         return Needs(
-            labels="soft" if asked else "none",
-            student_features=("*",),
             heldout=learns,
             weights="training labels" if labelled and source == "training" else source,
             mixup_allowed=not labelled,

@@ -98,10 +98,7 @@ def test_the_weights_of_the_terms_and_terms_of_weight_zero() -> None:
 def test_needs() -> None:
     assert CTSLMKT.needs().self_teacher
     assert not CTSLMKT.needs(self_weight=0.0).self_teacher
-    assert CTSLMKT.needs(relations="features").student_features == ("*",)
     assert CTSLMKT.needs().teachers[0] == 0
-    assert CTSLMKT.needs(distance_share=0.0).batch_relations
-    assert not CTSLMKT.needs(distance_share=0.0, angle_weight=0.0).batch_relations
     with pytest.raises(ShapeError, match="relations=logits"):
         CTSLMKT(NetworkShapes(5, {}), relations="features")
     with pytest.raises(ShapeError, match="own copy"):

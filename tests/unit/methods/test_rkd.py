@@ -59,7 +59,6 @@ def test_against_the_equations(relations: Any) -> None:
 
 
 def test_needs_and_networks_without_maps() -> None:
-    assert RKD.needs().batch_relations
     assert RKD.needs(relations="logits").teacher_features == {}
     shapes = NetworkShapes(5, STAGES, (STAGES, {}))
     with pytest.raises(ShapeError, match="relations=logits"):
