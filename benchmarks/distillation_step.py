@@ -53,7 +53,14 @@ from kdcompress.types import Batch, NetworkShapes, TeacherSource
 
 CLASSES, SIZE = 10, 32
 PREPROCESS = Preprocess(3, SIZE, SIZE, (0.5,) * 3, (0.25,) * 3)
-METHODS = ("avg-kd", "amtml-kd hint_pool=pooled", "amtml-kd variant=paper hint_pool=pooled", "ca-mkd", "ae-kd")
+METHODS = (
+    "avg-kd",
+    "amtml-kd",
+    "amtml-kd angle_share=0.1 hint_share=0.1 hint_pool=pooled",
+    "amtml-kd variant=paper hint_pool=pooled",
+    "ca-mkd hint_pool=pooled",
+    "ae-kd",
+)
 WARM_UP_STEPS = 2
 PLAIN_STUDENT, CONTROL = "plain student", "plain student, again"
 

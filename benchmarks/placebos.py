@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kdcompress.methods.amtml_kd import AMTMLKD
-from kdcompress.types import Head, NetworkShapes, Step, TeacherWeights, WeightSource
+from kdcompress.types import Head, Needs, NetworkShapes, Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, teachers_of
 
 
@@ -68,8 +68,13 @@ class ShuffledGate(AMTMLKD):
 class ReversedHints(AMTMLKD):
     """AMTML-KD whose first teacher teaches the last stage: if nothing falls, the pairing does nothing."""
 
+    @classmethod
+    def needs(cls, **options: Any) -> Needs:
+        """As AMTML-KD with hints."""
+        return super().needs(**{"hint_share": 0.1, **options})
+
     def __init__(self, shapes: NetworkShapes, heads: Sequence[Head | None] = (), **options: Any) -> None:
-        super().__init__(shapes, heads, **options)
+        super().__init__(shapes, heads, **{"hint_share": 0.1, **options})
         groups = [group for group, _ in self.pairs]
         self.pairs = tuple((group, stage) for group, (_, stage) in zip(reversed(groups), self.pairs, strict=True))
         self.regressors = nn.ModuleList(

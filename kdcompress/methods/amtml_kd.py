@@ -1,7 +1,7 @@
 """AMTML-KD: adaptive multi-teacher multi-level knowledge distillation.
 
 Idea
-    Several teachers, and for each image the student hears more from those that know it. Four parts act together:
+    Several teachers, and for each image the student hears more from those that know it. Four parts can act together:
     a gate weighs the teachers for each image; the student matches the weighted soft target;
     the angles between the images' answers match those of the soft target; and each teacher's deepest feature map is a
     hint for one group of the student's layers, the deepest teacher for the deepest group.
@@ -16,8 +16,9 @@ Loss
     regulariser    |W|² + Σ_t |θ_t|²                                                  (paper only)
 
     variant: repaired (default). Gate: `heldout-gate`, refitted on held-out images; it reads the teachers' answers, the
-    student's last feature map or both, and is uniform where that is best. Hints: 1 - cosine, a tenth of the gradient,
-    faded to 0 at half time. Angles: a tenth of the gradient. Soft targets: weight 1, T = 4. Labels: weight 1.
+    student's last feature map or both, and is uniform where that is best. Soft targets: weight 1, T = 4. Labels: weight
+    1. Angles and hints are off, for they have not been seen to help (docs/results.md); angle_share and hint_share turn
+    them on with that share of the gradient, hints as 1 - cosine and faded to 0 at half time.
     variant: paper. Gate: `latent-factors`, w = softmax_t(Wᵀ(β ∘ θ_t)), β the student's max-pooled last feature map, not
     detached; learned from the KL along with the student. Hints: squared error, the student's map normalised before its
     regressor and the teacher's before it is compared. Coefficients as published: T = 5, soft targets 2·0.7, labels 0.3,
@@ -32,8 +33,8 @@ Use
     Three or so teachers that know different things, given shallow to deep, and held-out images (`--holdout DIR`) to
     learn the gate from. For like teachers it says so and averages. Unlabelled images count in all terms but `labels`.
 Cost
-    Beside the teachers' passes one 1×1 convolution per teacher, batch³ cosines (batches over 128 are cut), and per
-    epoch one pass over the held-out images with a few seconds of fitting.
+    Beside the teachers' passes, per epoch one pass over the held-out images with a few seconds of fitting. Hints: one
+    1×1 convolution per teacher. Angles: batch³ cosines (batches over 128 are cut).
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ DEFAULTS: Mapping[Variant, Mapping[str, float | bool]] = {
         "temperature": 4.0,
         "soft_target_weight": 1.0,
         "label_weight": 1.0,
-        "angle_share": 0.1,
-        "hint_share": 0.1,
+        "angle_share": 0.0,
+        "hint_share": 0.0,
         "hint_until": 0.5,
     },
     "paper": {
@@ -98,8 +99,8 @@ class AMTMLKD(Method):
         label_weight: 1; paper 0.3.
         hint_pool: "map" compares the hints position by position, "pooled" compares their means: 64 times fewer numbers
             for 8 × 8 maps, which a teacher cache can hold.
-        angle_share: repaired only, 0.1.
-        hint_share: repaired only, 0.1 at the start.
+        angle_share: repaired only, 0.
+        hint_share: repaired only, 0; what it is at the start.
         hint_until: repaired only, the progress at which the hints have faded out, 0.5.
         angle_weight: paper only, 1.
         hint_weight: paper only, 1.

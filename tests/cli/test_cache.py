@@ -32,7 +32,8 @@ class Counting(AMTMLKD):
 def distill(shop: Shop, folder: Path, *words: object, cache: Path) -> Started:
     teachers = (shop.folder / "a" / "model.pt", shop.folder / "b" / "model.pt")
     cached = ("cache.enabled=true", f"cache.dir={cache}")
-    words = ("--teachers", *teachers, "--student", "resnet8", "--init", "random", *words, *WORDS, *cached)
+    hints = ("method.hint_share=0.1", *cached)  # feature maps are most of a cache
+    words = ("--teachers", *teachers, "--student", "resnet8", "--init", "random", *words, *WORDS, *hints)
     return shop.warm.start("distill", *words, folder=folder)
 
 

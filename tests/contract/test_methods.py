@@ -20,7 +20,8 @@ from tests.made_steps import TinyStudent, make_heads, make_shapes, make_step, pe
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "amtml-kd": [
         {},
-        {"hint_pool": "pooled"},
+        {"angle_share": 0.1, "hint_share": 0.2},
+        {"angle_share": 0.1, "hint_share": 0.2, "hint_pool": "pooled"},
         {"variant": "paper", "hint_pool": "pooled"},
         {"variant": "paper"},
         {"variant": "paper", "official_compat": True},

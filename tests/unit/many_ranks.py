@@ -88,8 +88,10 @@ RUNS: dict[str, Callable[[Path], TrainResult]] = {
     "avg-kd by DIST": partial(distil, name="avg-kd", loss="dist"),
     "avg-kd, one teacher a step": partial(distil, name="avg-kd", per_step=1),
     "avg-kd cached": partial(distil, name="avg-kd", cached=True),
-    "amtml-kd": partial(distil, name="amtml-kd"),
-    "amtml-kd cached": partial(distil, name="amtml-kd", cached=True, hint_pool="pooled"),
+    "amtml-kd": partial(distil, name="amtml-kd", angle_share=0.1, hint_share=0.1),
+    "amtml-kd cached": partial(
+        distil, name="amtml-kd", cached=True, angle_share=0.1, hint_share=0.1, hint_pool="pooled"
+    ),
     "amtml-kd paper": partial(distil, name="amtml-kd", variant="paper", lr=0.002),
     "ca-mkd": partial(distil, name="ca-mkd"),
     "ae-kd": partial(distil, name="ae-kd"),

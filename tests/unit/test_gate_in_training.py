@@ -46,7 +46,7 @@ class KnownTeachers:
 
 def run(out: Path, kind: str, method: Method | None = None, stop_at: int = -1) -> tuple[Method, list[dict[str, Any]]]:
     torch.manual_seed(0)
-    method = method or AMTMLKD(SHAPES, hint_share=0.0)
+    method = method or AMTMLKD(SHAPES, angle_share=0.1)
     train(
         [tiny_student(dropout=0.0)],
         [method],
@@ -79,8 +79,7 @@ def test_for_like_teachers_every_epoch_averages_and_the_run_says_so_once(tmp_pat
 
 
 def test_a_gate_that_averages_trains_what_avg_kd_trains(tmp_path: Path) -> None:
-    options = {"hint_share": 0.0, "angle_share": 0.0}
-    _, gated = run(tmp_path / "gate", "alike", AMTMLKD(SHAPES, **options))
+    _, gated = run(tmp_path / "gate", "alike", AMTMLKD(SHAPES))
     _, averaged = run(tmp_path / "average", "alike", AverageKD(SHAPES))
     losses = [[line["losses"] for line in events(log, "epoch")] for log in (gated, averaged)]
     assert losses[0] == losses[1]

@@ -96,7 +96,8 @@ def build(variant: str, **options: object) -> tuple[AMTMLKD, Step]:
     """A method whose gate has learned something, and a step with an unlabelled image."""
     torch.manual_seed(0)
     shapes = make_shapes()
-    method = AMTMLKD(shapes, variant=variant, **options)  # type: ignore[arg-type]
+    terms = {"angle_share": 0.1, "hint_share": 0.1} if variant == "repaired" else {}
+    method = AMTMLKD(shapes, variant=variant, **{**terms, **options})  # type: ignore[arg-type]
     with torch.no_grad():
         if isinstance(method.weighting, LatentFactors):
             method.weighting.factors.normal_()
@@ -143,20 +144,23 @@ def test_every_term_against_the_equations(variant: str, options: dict[str, objec
 
 
 @pytest.mark.parametrize(
-    ("variant", "weights"),
+    ("variant", "options", "weights"),
     [
+        ("repaired", {"angle_share": 0.0, "hint_share": 0.0}, {"soft_targets": 1.0, "labels": 1.0}),
         (
             "repaired",
-            {"soft_targets": 1.0, "labels": 1.0, "angles": Share(0.1), "hints": Share(0.1)},
+            {"angle_share": 0.1, "hint_share": 0.2},
+            {"soft_targets": 1.0, "labels": 1.0, "angles": Share(0.1), "hints": Share(0.2)},
         ),
         (
             "paper",
+            {},
             {"soft_targets": 1.4, "labels": 0.3, "angles": 1.0, "hints": 1.0, "regulariser": 1e-4},
         ),
     ],
 )
-def test_the_weights_of_the_terms(variant: str, weights: dict[str, float | Share]) -> None:
-    method, step = build(variant)
+def test_the_weights_of_the_terms(variant: str, options: dict[str, object], weights: dict[str, float | Share]) -> None:
+    method, step = build(variant, **options)
     found = {name: term.weight for name, term in method(step).terms.items()}
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
@@ -166,7 +170,9 @@ def test_the_weights_of_the_terms(variant: str, weights: dict[str, float | Share
 @pytest.mark.parametrize("variant", ["repaired", "paper"])
 def test_pooled_hints_are_the_same_loss_whether_a_source_sends_the_maps_or_their_means(variant: str) -> None:
     method, step = build(variant, hint_pool="pooled")
-    assert AMTMLKD.needs(variant=variant, hint_pool="pooled").teacher_features == {"last": "pooled"}  # type: ignore[arg-type]
+    shares = {"hint_share": 0.1} if variant == "repaired" else {}
+    needs = AMTMLKD.needs(variant=variant, hint_pool="pooled", **shares)  # type: ignore[arg-type]
+    assert needs.teacher_features == {"last": "pooled"}
     assert step.teachers is not None
     means = tuple({"stage3": maps["stage3"].mean((2, 3), keepdim=True)} for maps in step.teachers.features)
     reduced = replace(step, teachers=replace(step.teachers, features=means))
@@ -251,9 +257,8 @@ def test_no_teacher_is_dropped_and_stages_are_shared_evenly(num_teachers: int, n
 def test_networks_without_feature_maps_are_refused_unless_there_are_no_hints() -> None:
     shapes = NetworkShapes(5, STAGES, ({"stage1": (3, 2, 2)}, {}))
     with pytest.raises(ShapeError, match="teacher 2 has no feature maps"):
-        AMTMLKD(shapes)
-    assert len(AMTMLKD(shapes, hint_share=0.0).regressors) == 0
-    assert AMTMLKD.needs(hint_share=0.0).teacher_features == {}
+        AMTMLKD(shapes, hint_share=0.1)
+    assert len(AMTMLKD(shapes).regressors) == 0
     with pytest.raises(ShapeError, match="student"):
         AMTMLKD(NetworkShapes(5, {}, ({"stage1": (3, 2, 2)},)))
 
@@ -271,7 +276,8 @@ def test_an_option_of_the_other_variant_is_refused(variant: str, options: dict[s
 
 def test_needs() -> None:
     assert AMTMLKD.needs().heldout
-    assert AMTMLKD.needs().teacher_features == {"last": "map"}
+    assert AMTMLKD.needs().teacher_features == {}, "the default works with any teacher, and a cache of logits is enough"
+    assert AMTMLKD.needs(hint_share=0.1).teacher_features == {"last": "map"}
     assert not AMTMLKD.needs(variant="paper").heldout
 
 
