@@ -40,11 +40,11 @@ def test_it_is_quantized_exported_and_reported_beside_itself(shop: Shop, file: P
 
 
 def test_what_was_told_once_holds_for_the_same_file(shop: Shop, file: Path) -> None:
-    shutil.copy(file, shop.folder / "told.onnx")
-    shop.must("quantize", "told.onnx", "--fp16", "--for", "trt", "--data", "digits", "--mean", "0", "--std", "0.5")
-    said = shop.must("export", "told.onnx", "--data", "digits", "--batch", "2")
+    shutil.copy(file, shop.folder / "once-told.onnx")
+    shop.must("quantize", "once-told.onnx", "--fp16", "--for", "trt", "--data", "digits", "--mean", "0", "--std", "0.5")
+    said = shop.must("export", "once-told.onnx", "--data", "digits", "--batch", "2")
     assert "normalisation as told" in said
-    bundle = json.loads((shop.folder / "told" / "onnx-fp32-batch2" / "bundle.json").read_text(encoding="utf-8"))
+    bundle = json.loads((shop.folder / "once-told" / "onnx-fp32-batch2" / "bundle.json").read_text(encoding="utf-8"))
     assert bundle["preprocess"]["std"] == [0.5]
 
 
