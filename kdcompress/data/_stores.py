@@ -22,6 +22,8 @@ END_BYTES = 8192
 
 _IGNORED = frozenset({"__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir"})
 _COMPRESSED_TAR_LIMIT = 8 * 2**30
+_MEMBER_LIMIT = 2**28
+"""Bytes of one compressed file: far more than a picture has, far less than a few hundred bytes can unpack to."""
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 1
 
@@ -205,8 +207,14 @@ class ZipStore:
             os.close(self._descriptor)
 
     def read(self, name: str) -> bytes:
-        """All bytes of a member, checked against its CRC."""
+        """All bytes of a member, checked against its CRC. What unpacks to more than any picture is not unpacked."""
         member = self._members[name]
+        if member.compress_type != zipfile.ZIP_STORED and member.file_size > _MEMBER_LIMIT:
+            raise DataError(
+                f"{self.where(name)} unpacks from {member.compress_size:,} bytes to {member.file_size:,}; "
+                f"{_MEMBER_LIMIT:,} is the most that is read",
+                fix="leave it out of the archive",
+            )
         header = os.pread(self._descriptor, _LOCAL_HEADER_BYTES, member.header_offset)
         name_bytes, extra_bytes = header[26:28], header[28:30]
         skip = _LOCAL_HEADER_BYTES + int.from_bytes(name_bytes, "little") + int.from_bytes(extra_bytes, "little")

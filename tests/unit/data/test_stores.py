@@ -149,6 +149,18 @@ def test_unusual_zips_are_named(tmp_path: Path) -> None:
         open_store(path)
 
 
+def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
+    """268 MB of zeros in 260 kB; the time and the memory are spent only here, to write it."""
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a/x.png", "w") as member:
+        for _ in range(257):
+            member.write(bytes(2**20))
+    store = open_store(path)
+    with pytest.raises(DataError, match=r"unpacks from 26[0-9],[0-9]{3} bytes to 269,484,032") as caught:
+        store.read("a/x.png")
+    assert "a/x.png" in str(caught.value)
+
+
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         open_store(tmp_path / "nothing")
