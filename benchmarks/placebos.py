@@ -5,13 +5,13 @@ Names for `cifar10_methods.py --methods`: `weighted-kd weighting=placebos:Oracle
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from kdcompress.methods.amtml_kd import AMTMLKD
-from kdcompress.types import Head, Needs, NetworkShapes, Step, TeacherWeights, WeightSource
+from kdcompress.types import Head, NetworkShapes, Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, teachers_of
 
 
@@ -60,21 +60,30 @@ class Shuffled(Weighting):
 class ShuffledGate(AMTMLKD):
     """AMTML-KD whose gate speaks of the wrong images: if nothing falls, weights for each image do nothing."""
 
-    def __init__(self, shapes: NetworkShapes, heads: Sequence[Head | None] = (), **options: Any) -> None:
-        super().__init__(shapes, heads, **options)
+    def __init__(
+        self,
+        shapes: NetworkShapes,
+        heads: Sequence[Head | None] = (),
+        *,
+        angle_share: float = 0.0,
+        hint_share: float = 0.0,
+    ) -> None:
+        super().__init__(shapes, heads, angle_share=angle_share, hint_share=hint_share)
         self.weighting = Shuffled(shapes, self.weighting)  # type: ignore[assignment]
 
 
 class ReversedHints(AMTMLKD):
     """AMTML-KD whose first teacher teaches the last stage: if nothing falls, the pairing does nothing."""
 
-    @classmethod
-    def needs(cls, **options: Any) -> Needs:
-        """As AMTML-KD with hints."""
-        return super().needs(**{"hint_share": 0.1, **options})
-
-    def __init__(self, shapes: NetworkShapes, heads: Sequence[Head | None] = (), **options: Any) -> None:
-        super().__init__(shapes, heads, **{"hint_share": 0.1, **options})
+    def __init__(
+        self,
+        shapes: NetworkShapes,
+        heads: Sequence[Head | None] = (),
+        *,
+        angle_share: float = 0.0,
+        hint_share: float = 0.1,
+    ) -> None:
+        super().__init__(shapes, heads, angle_share=angle_share, hint_share=hint_share)
         groups = [group for group, _ in self.pairs]
         self.pairs = tuple((group, stage) for group, (_, stage) in zip(reversed(groups), self.pairs, strict=True))
         self.regressors = nn.ModuleList(

@@ -37,6 +37,14 @@ def answer_inputs(logits: Float[Tensor, "images teachers classes"]) -> Float[Ten
     return torch.cat(columns, 1)
 
 
+def centre_and_scale(
+    inputs: Float[Tensor, "images inputs"],
+) -> tuple[Float[Tensor, " inputs"], Float[Tensor, " inputs"]]:
+    """Mean and standard deviation of each input over the images; what never varies is not scaled up."""
+    deviation = inputs.std(0, correction=0)
+    return inputs.mean(0), torch.where(deviation > 1e-6, deviation, 1.0)
+
+
 def num_answer_inputs(num_teachers: int, num_classes: int) -> int:
     """How many numbers `answer_inputs` gives for an image."""
     logits = num_teachers * num_classes

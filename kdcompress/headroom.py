@@ -21,6 +21,7 @@ from kdcompress.crossfit import (
     MIN_IMAGES,
     NUM_FOLDS,
     answer_inputs,
+    centre_and_scale,
     cross_fit,
     fold_masks,
     improves,
@@ -208,8 +209,8 @@ def measure_headroom(
             predicted = F.one_hot(log_p.logsumexp(1).argmax(1), num_classes).double()
             add("class-wise", cross_fit(torch.cat([predicted, ones], 1), log_right, held).scores.softmax(1))
         answers = answer_inputs(logits)
-        answers = (answers - answers.mean(0)) / answers.std(0, correction=0).clamp_min(1e-6)
-        add("gate", cross_fit(torch.cat([answers, ones], 1), log_right, held).scores.softmax(1))
+        centre, scale = centre_and_scale(answers)
+        add("gate", cross_fit(torch.cat([(answers - centre) / scale, ones], 1), log_right, held).scores.softmax(1))
     add("oracle", alone[log_right.argmax(1)])
     found = {row.kind: row for row in rows}
     worst = int(left_out.mean(0).argmin()) + 1 if enough else None

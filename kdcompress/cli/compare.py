@@ -7,28 +7,23 @@ from typing import Any
 
 import click
 
+from kdcompress.cli import _options
 from kdcompress.cli._grammar import SeveralValuesCommand, sections
 
 
 @click.command(cls=SeveralValuesCommand)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
-@click.option("--teachers", metavar="CKPT CKPT ...", multiple=True, help="Checkpoints, as PATH or ARCH:PATH.")
+@_options.teachers
 @click.option("--methods", metavar="A B ...", multiple=True, help="NAME, NAME:OPTION=VALUE,… or a recipe, each.")
 @click.option("--seeds", metavar="N", type=click.IntRange(2, 1000), help="Trainings of each method [default: 8].")
 @click.option("--trials", metavar="M", type=click.IntRange(1, 9), help="Settings tried for each method [default: 1].")
-@click.option("--student", metavar="ARCH", help="Architecture of the student (kdcompress ls models).")
+@_options.student
 @click.option("--students", metavar="ARCH ARCH ...", multiple=True, help="For methods that train several.")
-@click.option("--data", metavar="DATA", help="A folder, a .zip or .tar of one, digits, cifar10:ROOT, imagenet:ROOT …")
-@click.option("--unlabeled", metavar="DIR", help="More images, without labels.")
-@click.option("--holdout", metavar="DIR", help="Labelled images that no teacher has seen; gates are fitted on them.")
-@click.option(
-    "--force",
-    flag_value=True,
-    type=bool,
-    default=None,
-    help="Learn weights of the teachers also from labels of images that they were trained on.",
-)
-@click.option("--init", metavar="START", help="auto, pretrained, teacher, teacher:N, random, or a checkpoint file.")
+@_options.data
+@_options.unlabeled
+@_options.holdout
+@_options.force
+@_options.init
 @click.option("--recipe", metavar="NAME|FILE", help="What all methods share (kdcompress ls recipes).")
 @click.option("--headroom", is_flag=True, help="Only measure what weighting these teachers could gain; train nothing.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder [default: a new one in runs/].")

@@ -7,27 +7,22 @@ from typing import Any
 
 import click
 
+from kdcompress.cli import _options
 from kdcompress.cli._grammar import SeveralValuesCommand, sections
 
 
 @click.command(cls=SeveralValuesCommand)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
-@click.option("--teachers", metavar="CKPT CKPT ...", multiple=True, help="Checkpoints, as PATH or ARCH:PATH.")
-@click.option("--student", metavar="ARCH", help="Architecture of the student (kdcompress ls models).")
+@_options.teachers
+@_options.student
 @click.option(
     "--students", metavar="ARCH ARCH ...", multiple=True, help="Students that teach each other (dml, ctsl-mkt)."
 )
-@click.option("--data", metavar="DATA", help="A folder, a .zip or .tar of one, digits, cifar10:ROOT, imagenet:ROOT …")
-@click.option("--unlabeled", metavar="DIR", help="More images, without labels.")
-@click.option("--holdout", metavar="DIR", help="Labelled images that no teacher has seen; gates are fitted on them.")
-@click.option(
-    "--force",
-    flag_value=True,
-    type=bool,
-    default=None,
-    help="Learn weights of the teachers also from labels of images that they were trained on.",
-)
-@click.option("--init", metavar="START", help="auto, pretrained, teacher, teacher:N, random, or a checkpoint file.")
+@_options.data
+@_options.unlabeled
+@_options.holdout
+@_options.force
+@_options.init
 @click.option("--method", metavar="NAME", help="amtml-kd (default), or one of: kdcompress ls methods.")
 @click.option("--recipe", metavar="NAME|FILE", help="A recipe to start from (kdcompress ls recipes).")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run folder [default: a new one in runs/].")

@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 
+from kdcompress.cli import _options
+
 
 @click.command()
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--arch", metavar="NAME", help="Architecture (kdcompress ls models).")
-@click.option("--data", metavar="DATA", help="A folder, a .zip or .tar of one, digits, cifar10:ROOT, imagenet:ROOT …")
+@_options.data
 @click.option("--init", metavar="START", help="auto, pretrained, random, or a checkpoint file.")
 @click.option("--recipe", metavar="NAME|FILE", help="A recipe to start from (kdcompress ls recipes).")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run folder [default: a new one in runs/].")

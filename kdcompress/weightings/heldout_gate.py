@@ -37,6 +37,7 @@ from torch import Tensor
 from kdcompress.crossfit import (
     MIN_IMAGES,
     answer_inputs,
+    centre_and_scale,
     cross_fit,
     fit_coefficients,
     fold_masks,
@@ -121,7 +122,7 @@ class HeldoutGate(Weighting):
             labels = heldout.labels[labelled].cpu()
             answers = self._answers(heldout)[labelled].double().cpu()
             if len(labels):
-                centre, scale = answers.mean(0), answers.std(0, correction=0).clamp_min(1e-6)
+                centre, scale = centre_and_scale(answers)
                 self.centre.copy_(centre)
                 self.scale.copy_(scale)
                 answers = (answers - centre) / scale

@@ -10,6 +10,7 @@ from torch import Tensor
 from kdcompress.crossfit import (
     MAX_LOGITS,
     answer_inputs,
+    centre_and_scale,
     fit_coefficients,
     fold_masks,
     mixture_nll,
@@ -27,6 +28,14 @@ def test_what_a_gate_reads_of_the_answers(teachers: int, classes: int) -> None:
     found = answer_inputs(torch.tensor(z))
     np.testing.assert_allclose(found.numpy(), np.concatenate(expected, 1), rtol=1e-12)
     assert found.shape[1] == num_answer_inputs(teachers, classes)
+
+
+def test_what_never_varied_weighs_no_more_when_it_does() -> None:
+    inputs = torch.tensor([[1.0, 5.0], [3.0, 5.0]], dtype=torch.float64)
+    centre, scale = centre_and_scale(inputs)
+    assert (centre.tolist(), scale.tolist()) == ([2.0, 5.0], [1.0, 1.0])
+    centre, scale = centre_and_scale(3 * inputs)
+    assert (centre.tolist(), scale.tolist()) == ([6.0, 15.0], [3.0, 1.0])
 
 
 def test_mixture_nll() -> None:
