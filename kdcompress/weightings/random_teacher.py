@@ -3,8 +3,8 @@
 Idea
     Over many steps the student hears all teachers in equal parts, but never an average. What does averaging add?
 Loss
-    w_t = 1 for the teacher drawn, 0 for all others. The lot is a function of how much of the training is done, so a
-    resumed run draws the same ones, and two runs of the same length too.
+    w_t = 1 for the teacher drawn, 0 for all others. The lot is a function of the run's seed and of how much of the
+    training is done, so a resumed run draws the same ones.
 Paper
     A baseline of many papers, e.g. Fukuda et al., Efficient knowledge distillation from an ensemble of teachers,
     Interspeech 2017.
@@ -19,8 +19,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from kdcompress.types import Step, TeacherWeights, WeightSource
+from kdcompress.types import NetworkShapes, Step, TeacherWeights, WeightSource
 from kdcompress.weightings.base import Weighting, teachers_of
 
 RESOLUTION = 2**40
@@ -28,15 +29,24 @@ RESOLUTION = 2**40
 
 
 class RandomTeacher(Weighting):
-    """One teacher per step."""
+    """One teacher per step.
 
+    Args:
+        shapes: of the networks.
+    """
+
+    seed: Tensor
     source: ClassVar[WeightSource] = "fixed"
     by_image: ClassVar[bool] = False
+
+    def __init__(self, shapes: NetworkShapes) -> None:
+        super().__init__(shapes)
+        self.register_buffer("seed", torch.randint(RESOLUTION, ()))
 
     def forward(self, step: Step) -> TeacherWeights:
         """All weight on the teacher drawn."""
         teachers = teachers_of(step)
-        lot = torch.Generator().manual_seed(round(step.progress * RESOLUTION))
+        lot = torch.Generator().manual_seed(int(self.seed) ^ round(step.progress * RESOLUTION))
         number = int(torch.randint(len(teachers.teacher_ids), (), generator=lot))
         chosen = sorted(teachers.teacher_ids)[number]
         row = [float(teacher == chosen) for teacher in teachers.teacher_ids]
