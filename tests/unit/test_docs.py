@@ -28,6 +28,15 @@ def test_the_page_of_the_linter_is_up_to_date() -> None:
     assert (DOCS / "lint.md").read_text(encoding="utf-8") == written, "python docs/write_lint.py"
 
 
+@pytest.mark.parametrize("raw", sorted((DOCS / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_tables_of_the_results_are_those_of_the_raw_figures(raw: Path) -> None:
+    told = (DOCS / "results.md").read_text(encoding="utf-8") + (DOCS / "performance.md").read_text(encoding="utf-8")
+    table = runpy.run_path(str(DOCS.parent / "benchmarks" / "paired_table.py"))["table"](raw)
+    figures = re.findall(r"\d+\.\d\d ± \d+\.\d\d", table)
+    assert len(figures) >= 3
+    assert [one for one in figures if one not in told] == []
+
+
 def test_the_example_of_a_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (DOCS / "adding-a-method.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
