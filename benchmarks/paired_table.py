@@ -1,7 +1,7 @@
-"""The statistics of trainings that were logged one JSON line each, as docs/results/*.jsonl and cifar10_methods.py --out.
+"""The statistics of trainings logged one JSON line each, as in docs/results/*.jsonl and by cifar10_methods.py --out.
 
     python benchmarks/paired_table.py docs/results/ablation.jsonl
-    python benchmarks/paired_table.py docs/results/one-broken.jsonl --reference "weighted-kd weighting=placebos:WithoutSecond"
+    python benchmarks/paired_table.py docs/results/one-broken.jsonl --reference amtml-kd
 
 Top-1 in %, mean ± standard deviation over the seeds, and the mean of the differences to the reference at equal seed,
 in points, with Student's 95 % interval. Nothing is adjusted for the number of rows.
