@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kdcompress import onnx_graph
 from kdcompress.errors import InputError
 
 ONE_FILE_BYTES = 2**31 - 1
@@ -57,15 +58,12 @@ def side_file(tensor: Any) -> str:
 
 def tensors(model: Any) -> Iterator[Any]:
     """All constants of a model, those of branches and loops among them."""
-    pending = [model.graph]
-    while pending:
-        graph = pending.pop()
+    for graph in onnx_graph.graphs(model):
         yield from graph.initializer
         for attribute in (attribute for node in graph.node for attribute in node.attribute):
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            pending += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
 
 
 def one_line(error: Exception) -> str:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +21,60 @@ IR_VERSION = 8
 """Of onnx 1.12, with opset 17: what TensorRT 8.6 and onnxruntime 1.13 read."""
 CHANNEL_SCALES_OPSET = 13
 """The first opset in which QuantizeLinear and DequantizeLinear have an axis."""
+
+
+def bodies(node: NodeProto) -> list[Any]:
+    """The graphs inside a node: the two ways of an If, the body of a Loop or Scan; none in other operators."""
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
+    ]
+
+
+def graphs(model: ModelProto) -> Iterator[Any]:
+    """A model's graph, then those of its branches and loops."""
+    pending = [model.graph]
+    for graph in pending:
+        yield graph
+        pending += [body for node in graph.node for body in bodies(node)]
+
+
+def require_flat(model: ModelProto) -> None:
+    """Refuses branches and loops: what is rewritten outside would not fit what stands inside.
+
+    Raises:
+        ValueError: a node holds a graph of its own.
+    """
+    for node in model.graph.node:
+        if bodies(node):
+            raise ValueError(f"{node.op_type} {node.name or node.output[0]} holds a graph of its own")
+
+
+def tell_apart(model: ModelProto) -> None:
+    """Renames tensors inside of branches and loops so that each name stands for one tensor of the whole model.
+
+    ONNX lets graphs that do not see each other, such as the two ways of an If, use a name twice.
+    """
+    taken: set[str] = set()
+
+    def rename(graph: Any, outer: Mapping[str, str]) -> None:
+        names = dict(outer)
+        values = (*graph.input, *graph.initializer)
+        for name in dict.fromkeys([value.name for value in values] + [n for node in graph.node for n in node.output]):
+            if name:  # an output that is left out has none
+                free = (f"{name}_{number}" for number in itertools.count(2))
+                names[name] = name if name not in taken else next(new for new in free if new not in taken)
+                taken.add(names[name])
+        for value in (*values, *graph.output, *graph.value_info):
+            value.name = names.get(value.name, value.name)
+        for node in graph.node:
+            for given in (node.input, node.output):
+                given[:] = [names.get(name, name) for name in given]
+            for body in bodies(node):
+                rename(body, names)
+
+    rename(model.graph, {})
 
 
 def strip_traces(model: ModelProto) -> None:
@@ -243,7 +298,7 @@ def opset_of(model: ModelProto) -> int:
 def element_types(model: ModelProto) -> dict[str, int]:
     """Tensor -> its element type (`onnx.TensorProto.FLOAT` …), for inputs, constants and all that can be inferred."""
     types = {value.name: value.type.tensor_type.elem_type for value in _inferred(model)}
-    return types | {item.name: item.data_type for item in model.graph.initializer}
+    return types | {item.name: item.data_type for graph in graphs(model) for item in graph.initializer}
 
 
 def half_places(node: NodeProto, opset: int, types: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -326,8 +381,8 @@ def _is_small(tensor: Any) -> bool:
 def _inferred(model: ModelProto) -> Any:
     from onnx import shape_inference
 
-    graph = shape_inference.infer_shapes(model).graph
-    return [*graph.value_info, *graph.input, *graph.output]
+    inferred = shape_inference.infer_shapes(model)
+    return [value for graph in graphs(inferred) for value in (*graph.value_info, *graph.input, *graph.output)]
 
 
 def ranks(model: ModelProto) -> dict[str, int]:

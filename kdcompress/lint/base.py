@@ -79,13 +79,20 @@ def rule(severity: Severity) -> Callable[[Callable[[Graph, Profile], Iterator[Pl
 
 
 class Graph:
-    """An ONNX graph with what rules ask of it, each worked out once."""
+    """An ONNX graph with what rules ask of it, each worked out once; branches and loops belong to it.
+
+    Args:
+        model: an `onnx.ModelProto`; tensors in its branches may be renamed.
+        path: its file, if it has one.
+    """
 
     def __init__(self, model: Any, path: Path | None = None) -> None:
         self.model = model
         self.path = path
-        self.nodes: list[Any] = list(model.graph.node)
-        self.constants: dict[str, Any] = {item.name: item for item in model.graph.initializer}
+        onnx_graph.tell_apart(model)
+        graphs = list(onnx_graph.graphs(model))
+        self.nodes: list[Any] = [node for graph in graphs for node in graph.node]
+        self.constants: dict[str, Any] = {item.name: item for graph in graphs for item in graph.initializer}
         for node in self.nodes:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from kdcompress import onnx_graph
 from kdcompress.lint.base import Graph, Place, name_of, rule
 from kdcompress.onnx_file import ONE_FILE_BYTES, one_line, side_file, tensors
 from kdcompress.profiles import Profile, Runtime
@@ -126,8 +127,9 @@ def two_nodes_of_one_name(graph: Graph, profile: Profile) -> Iterator[Place]:
     Do: name them: `for i, node in enumerate(model.graph.node): node.name = f"{node.op_type}_{i}"`.
     """
     if profile.runtime == "onnxruntime":
-        counts = Counter(node.name for node in graph.nodes if node.name)
-        yield from ((name, f"{number} nodes of this name") for name, number in counts.items() if number > 1)
+        for held in onnx_graph.graphs(graph.model):  # each has names of its own
+            counts = Counter(node.name for node in held.node if node.name)
+            yield from ((name, f"{number} nodes of this name") for name, number in counts.items() if number > 1)
 
 
 @rule("note")
@@ -141,6 +143,21 @@ def nodes_without_names(graph: Graph, profile: Profile) -> Iterator[Place]:
     without = sum(number for name, number in names.items() if number > 1 or not name)
     if without:
         yield "", f"{without} of {len(graph.nodes)} nodes"
+
+
+@rule("warning")
+def branch_or_loop(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """A graph inside a node: If, Loop or Scan.
+
+    Why: which way it goes is known only while it runs, so nothing is fused across its ends; and `kdcompress quantize`
+    refuses such a file.
+    Do: export the way that is taken: with torch.onnx.export(…, dynamo=True) or a traced network instead of a scripted
+    one.
+    """
+    for node in graph.nodes:
+        held = len(onnx_graph.bodies(node))
+        if held:
+            yield name_of(node), f"{held} graph{'s' * (held > 1)} inside"
 
 
 @rule("warning")

@@ -73,6 +73,7 @@ class FloatModel:
         self._extremes: dict[CalibrationMethod, Extremes] = {}
         try:
             model = onnx.load(path)
+            onnx_graph.require_flat(model)
             _name_nodes(model)
             self.folded = fold and not profile.skip_only and fold_normalisation(model)
             self._model = onnx.shape_inference.infer_shapes(model)

@@ -263,9 +263,8 @@ def to_half(model: Any, keep: Set[str]) -> None:
                 nodes.append(helper.make_node("Cast", [name], [made], name=f"{made}_cast", to=to))
         return casts[name, to]
 
+    onnx_graph.require_flat(model)
     for node in model.graph.node:
-        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-            raise ValueError(f"{node.op_type} {node.name} holds a graph of its own")
         half_inputs, half_outputs = ((), ()) if node.output[0] in keep else onnx_graph.half_places(node, opset, types)
         for place, name in enumerate(node.input):
             if place in half_inputs and name not in halved:

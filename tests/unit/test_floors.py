@@ -10,7 +10,7 @@ import kdcompress
 
 FLOORS = (
     {"errors"},
-    {"files", "types", "resizing", "cuda_driver", "tensorrt_layers", "ranks"},
+    {"files", "types", "resizing", "cuda_driver", "tensorrt_layers", "ranks", "onnx_graph"},
     {"recipe", "pictures", "global_batch", "tensorrt_engine"},
     {
         "losses",
@@ -21,7 +21,6 @@ FLOORS = (
         "models",
         "profiles",
         "discovery",
-        "onnx_graph",
         "onnx_file",
         "onnx_operators",
         "comparison",

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from kdcompress import onnx_graph
+from tests.unit.lint.graphs import branched
 
 
 def model_of(nodes: list[Any], constants: dict[str, Any], *, rank: int = 4) -> Any:
@@ -181,3 +182,23 @@ def test_metadata_is_replaced_in_sorted_order() -> None:
     onnx_graph.set_metadata(model, {"z": "1"})
     onnx_graph.set_metadata(model, {"b": "2", "a": "1"})
     assert [(item.key, item.value) for item in model.metadata_props] == [("a", "1"), ("b", "2")]
+
+
+def test_names_in_branches_are_told_apart_and_the_answers_stay() -> None:
+    model = branched("Abs")
+    images = np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)
+    before = ReferenceEvaluator(model).run(None, {"images": images})[0]
+    onnx_graph.tell_apart(model)
+    graphs = list(onnx_graph.graphs(model))
+    made = [name for graph in graphs for node in graph.node for name in node.output]
+    made += [item.name for graph in graphs for item in graph.initializer]
+    assert len(graphs) == 3
+    assert len(made) == len(set(made)) == 11
+    assert [value.name for graph in graphs[1:] for value in graph.output] == ["chosen", "chosen_2"]
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(ReferenceEvaluator(model).run(None, {"images": images})[0], before)
+
+
+def test_a_branch_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="If choose holds a graph of its own"):
+        onnx_graph.require_flat(branched())

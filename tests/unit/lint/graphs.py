@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from kdcompress.lint import Finding, lint
 from kdcompress.profiles import Profile, get_profile
@@ -62,3 +62,39 @@ def insert(model: Any, before: Any, *nodes: Any) -> None:
     position = next(index for index, node in enumerate(model.graph.node) if node == before)
     for offset, node in enumerate(nodes):
         model.graph.node.insert(position + offset, node)
+
+
+def branched(then: str = "Relu", *, domain: str = "") -> Any:
+    """A graph whose last activation is one of two, chosen on the way; both are called `chosen` inside.
+
+    Args:
+        then: the operator of the first way.
+        domain: its domain.
+    """
+    chosen = [helper.make_tensor_value_info("chosen", TensorProto.FLOAT, None)]
+    weight = numpy_helper.from_array(np.ones((4, 1, 3, 3), np.float32), "weight")
+    ways = {
+        f"{name}_branch": helper.make_graph(
+            [
+                helper.make_node("Conv", ["images", "weight"], ["scored"], name="conv"),
+                helper.make_node(operator, ["scored"], ["chosen"], name=f"{name}_act", domain=domain if own else ""),
+            ],
+            name,
+            [],
+            chosen,
+            [weight],
+        )
+        for name, operator, own in (("then", then, True), ("else", "Relu", False))
+    }
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["mean"], name="mean", keepdims=0),
+        helper.make_node("Cast", ["mean"], ["bright"], name="cast", to=TensorProto.BOOL),
+        helper.make_node("If", ["bright"], ["map"], name="choose", **ways),
+        helper.make_node("GlobalAveragePool", ["map"], ["pooled"], name="pool"),
+        helper.make_node("Flatten", ["pooled"], ["logits"], name="flatten"),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 1, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])
+    made = helper.make_graph(nodes, "branched", [images], [logits])
+    opsets = [helper.make_opsetid("", 17), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(made, opset_imports=opsets, ir_version=8)

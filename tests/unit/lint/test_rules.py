@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from kdcompress.lint import lint, list_rules, structure
 from kdcompress.profiles import get_profile
-from tests.unit.lint.graphs import constant, findings, graph, insert, node_of, set_constant
+from tests.unit.lint.graphs import branched, constant, findings, graph, insert, node_of, set_constant
 
 Break = Callable[[Any], None]
 BROKEN: dict[str, tuple[str, str, Break]] = {}
@@ -54,6 +54,20 @@ def unsupported_operator(model: Any) -> None:
     relu = node_of(model, "Relu")
     relu.op_type, relu.domain = "QLinearSigmoid", "com.microsoft"
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+@broken("fp32", "ort-x86")
+def branch_or_loop(model: Any) -> None:
+    relu = node_of(model, "Relu")
+    way = helper.make_graph(
+        [helper.make_node("Relu", [relu.input[0]], ["way"], name="way")],
+        "way",
+        [],
+        [helper.make_tensor_value_info("way", TensorProto.FLOAT, None)],
+    )
+    set_constant(model, "yes", np.array(True))
+    branch = helper.make_node("If", ["yes"], list(relu.output), name="branch", then_branch=way, else_branch=way)
+    relu.CopyFrom(branch)
 
 
 @broken("fp32", "ort-x86")
@@ -377,6 +391,23 @@ def is_constant(model: Any, node: Any) -> bool:
 
 def test_every_rule_is_broken_here() -> None:
     assert set(list_rules()) - set(BROKEN) == {"side-data-file", "too-large-for-one-file"}, "these have their own tests"
+
+
+def test_rules_look_into_branches() -> None:
+    names = "nodes-without-names"  # its convolutions share one; only within one graph is that refused
+    assert {one.rule for one in findings(branched(), "ort-x86")} == {"branch-or-loop", names}
+    found = findings(branched("BitShiftOfMine", domain="mine"), "ort-x86")
+    assert [(one.rule, one.where) for one in found if one.severity == "error"] == [
+        ("unsupported-operator", "BitShiftOfMine then_act")
+    ]
+
+    model = branched()
+    weight = next(a for a in node_of(model, "If").attribute if a.name == "else_branch").g.initializer[0]
+    values = np.ones((4, 1, 3, 3), np.float32)
+    values[0, 0, 0, 0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, "weight"))
+    [error] = [one for one in findings(model, "trt") if one.severity == "error"]
+    assert (error.rule, error.what) == ("not-finite", "1 of 36 values")
 
 
 def test_a_side_file_is_found(tmp_path: Path) -> None:

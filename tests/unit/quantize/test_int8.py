@@ -16,6 +16,7 @@ from kdcompress.profiles import get_profile, instruction_sets
 from kdcompress.quantize._answers import images_digest, predict
 from kdcompress.quantize.int8 import QUANTIZER, quantize_model
 from tests.unit.deployed import digits, onnx_bundle, student_bundle
+from tests.unit.lint.graphs import branched
 
 PROFILE = get_profile("ort-x86")
 
@@ -230,6 +231,9 @@ def test_what_cannot_be_quantized_is_refused(int8_bundle: Bundle, tmp_path: Path
         QUANTIZER.run(onnx_bundle(), images[:0], tmp_path / "x", profile=PROFILE)
     with pytest.raises(ShapeError, match="the network takes 1 × 8 × 8"):
         QUANTIZER.run(onnx_bundle(), torch.rand(4, 1, 9, 9), tmp_path / "x", profile=PROFILE)
+    onnx.save(branched(), tmp_path / "branched.onnx")
+    with pytest.raises(VerificationError, match="cannot be quantized: If choose holds a graph of its own"):
+        quantize_model(tmp_path / "branched.onnx", images, PROFILE, reduce_range=False)
     assert not (tmp_path / "x").exists()
 
 
