@@ -39,7 +39,9 @@ def load_checkpoint(spec: str | Path) -> LoadedCheckpoint:
     content = read_weights(path)
     if content.arch is not None and named in (None, content.arch):
         found = size_to(content.arch, content.state_dict)
-        arguments = content.arch_args
+        arguments = dict(content.arch_args)
+        if content.preprocess is not None:  # vision transformers are made for one size
+            arguments.setdefault("image_size", content.preprocess.height)
         architecture = found and Architecture(content.arch, arguments, found.num_classes, found.in_channels)
         wanted = content.arch
     else:
@@ -55,7 +57,7 @@ def load_checkpoint(spec: str | Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(
         path=path,
         arch=architecture.name,
-        arch_args=architecture.arch_args,
+        arch_args=content.arch_args if content.arch == architecture.name else architecture.arch_args,
         state_dict=content.state_dict,
         num_classes=architecture.num_classes,
         in_channels=architecture.in_channels,

@@ -79,8 +79,8 @@ def size_to(name: str, state_dict: Mapping[str, Tensor]) -> Architecture | None:
         width = inspect.signature(OWN_NETWORKS[name]).parameters["width"].default
         if (found := state_dict[stem].shape[0]) != width:
             arguments["width"] = found
-    positions = state_dict.get("encoder.pos_embedding")
-    if name.startswith("vit_") and positions is not None and positions.ndim == 3:
+    positions = state_dict.get("pos_embed" if name.startswith("timm/") else "encoder.pos_embedding")
+    if positions is not None and positions.ndim == 3:
         arguments["image_size"] = isqrt(positions.shape[1]) * state_dict[stem].shape[-1]
     return Architecture(name, arguments, state_dict[head].shape[0], state_dict[stem].shape[1])
 

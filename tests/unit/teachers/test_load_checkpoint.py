@@ -95,6 +95,35 @@ def test_safetensors(tmp_path: Path, network: nn.Module) -> None:
     assert load_checkpoint(tmp_path / "a.safetensors").metadata == {"author": "me"}
 
 
+@pytest.mark.parametrize(
+    ("arch", "arguments"),
+    [("vit_b_32", {}), ("timm/vit_tiny_patch16_224", {"patch_size": 8, "depth": 1, "embed_dim": 12, "num_heads": 3})],
+)
+def test_vision_transformers_of_another_size_than_published(
+    tmp_path: Path, arch: str, arguments: dict[str, int]
+) -> None:
+    """Their weights fit one image size alone, which is what the file says of its images."""
+    pytest.importorskip("timm")
+    network = build_network(arch, num_classes=4, image_size=64, **arguments).eval()
+    content = {"arch": arch, "arch_args": arguments, "num_classes": 4, "in_channels": 3, "classes": CLASSES}
+    preprocess = Preprocess(3, 64, 64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    save_checkpoint(tmp_path / "a.pt", network, preprocess=preprocess, **content)
+    found = load_checkpoint(tmp_path / "a.pt")
+    assert found.arch_args == arguments
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(build_from(found)(images), network(images))
+
+
+def test_the_size_of_a_bare_vision_transformer_of_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    network = build_network("timm/vit_tiny_patch16_224", num_classes=4, image_size=48).eval()
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    found = load_checkpoint(f"timm/vit_tiny_patch16_224:{tmp_path}/a.pt")
+    assert found.arch_args == {"image_size": 48}
+    images = torch.rand(2, 3, 48, 48)
+    assert torch.equal(build_from(found)(images), network(images))
+
+
 def test_own_checkpoint_says_everything(tmp_path: Path) -> None:
     network = build_network("dscnn", num_classes=4, width=8).eval()
     digests = torch.tensor([5, -3, 9, 5])
