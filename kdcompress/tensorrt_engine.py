@@ -24,6 +24,7 @@ from .tensorrt_layers import Layer, parse_layers
 
 IMAGES, LOGITS = "images", "logits"
 _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8, "INT8": np.int8, "INT32": np.int32}
+_INSTALL = "pip install tensorrt; on a Jetson: apt install python3-libnvinfer"
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation", re.IGNORECASE)
 
 
@@ -69,7 +70,7 @@ def why_not_here() -> str | None:
     """Why no engine can be built or run here, as a sentence; None where it can. Does not import tensorrt."""
     reason = why_no_gpu()
     if reason is None and importlib.util.find_spec("tensorrt") is None:
-        return "tensorrt is not installed"
+        return f"tensorrt is not installed ({_INSTALL})"
     return reason
 
 

@@ -170,12 +170,12 @@ class Search:
         while number <= max(1, round(_MOST_KEPT * len(order))):
             keep = tuple(entry.node for entry in order[:number])
             (candidate,) = self.timed([self.attempt(replace(first.scheme, keep=keep))])
+            number *= 2
             if candidate.speed_up is not None and candidate.speed_up <= 1:
-                break
-            found.append(candidate)
+                continue  # more in fp32 may be faster: two layers in a row need nothing between them
             if candidate.drop.high <= max_drop:
                 return candidate
-            number *= 2
+            found.append(candidate)
         return min(found, key=lambda candidate: (candidate.drop.value, len(candidate.scheme.keep)))
 
     def timed(self, candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -106,7 +106,7 @@ def pack_rows(model: ModelProto, rows: Collection[Row]) -> Mapping[str, str]:
         kernel, strides = [rows_of_kernel, wide.shape[-1]], [numbers["strides"][0], count * stride]
         node.attribute.append(helper.make_attribute("kernel_shape", kernel))
         node.attribute.append(helper.make_attribute("strides", strides))
-        last = _activation_of(model, node) or node
+        last = activation_of(model, node) or node
         if last is not node:
             packed = f"{node.output[0]}_packed"
             same[packed] = node.output[0]
@@ -127,7 +127,7 @@ def pack_rows(model: ModelProto, rows: Collection[Row]) -> Mapping[str, str]:
     return same
 
 
-def _activation_of(model: ModelProto, node: NodeProto) -> NodeProto | None:
+def activation_of(model: ModelProto, node: NodeProto) -> NodeProto | None:
     """The ReLU behind a convolution that nothing else reads, which one integer range takes the place of."""
     readers = [other for other in model.graph.node if node.output[0] in other.input]
     single = len(readers) == 1 and all(value.name != node.output[0] for value in model.graph.output)

@@ -25,8 +25,9 @@ from kdcompress import onnx_graph
 from kdcompress.errors import VerificationError
 from kdcompress.onnx_graph import ModelProto, NodeProto
 from kdcompress.profiles import Profile
+from kdcompress.quantize._float_layers import guard_float_layers
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
-from kdcompress.quantize._pack import find_rows, pack_rows
+from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
 from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
 from kdcompress.runtimes.onnxruntime_runtime import first_line
 
@@ -117,7 +118,7 @@ class FloatModel:
 
         Args:
             scheme: how.
-            only: quantize nothing but the layer of this name.
+            only: quantize nothing but the layer of this name, with the activation whose range it gets in the whole.
 
         Raises:
             VerificationError: the quantizer could not be run on this graph, or made one that is not valid.
@@ -147,7 +148,7 @@ class FloatModel:
                 types[profile.weight_type],
                 types[profile.activation_type],
                 TensorsData(Method.MinMax, pairs),
-                [] if only is None else [only],
+                [] if only is None else self._alone(only),
                 [*kept_float(model, profile), *spared, *scheme.keep, *([FOLDED] if self.folded else [])],
                 list(operators),
                 {
@@ -163,12 +164,20 @@ class FloatModel:
             model = quantizer.model.model
             if profile.skip_only:
                 onnx_graph.free_residual_branches(model)
+            else:
+                guard_float_layers(model)
             onnx_graph.drop_unused_initializers(model)
             onnx_graph.strip_traces(model)
             onnx.checker.check_model(model, full_check=True)
         except Exception as error:  # the quantizer raises what any part of it raises
             raise _refused(self.path, error) from error
         return model
+
+    def _alone(self, name: str) -> list[str]:
+        """A layer and the activation behind it: rounded before that, it would have to span what that cuts off."""
+        layer = next(node for node in self._model.graph.node if node.name == name)
+        activation = activation_of(self._model, layer)
+        return [name] if activation is None else [name, activation.name]
 
     def _overrides(self) -> dict[str, Any]:
         learned = dict(self._learned)

@@ -74,6 +74,15 @@ def test_a_driver_without_a_gpu_is_told_apart(
     assert said in (tensorrt_engine.why_not_here() or "")
 
 
+def test_a_gpu_without_tensorrt_gets_the_line_that_installs_it(
+    stand_in_driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", stand_in_driver)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"tensorrt is not installed \(pip install tensorrt; on a Jetson: apt install"):
+        build_engine(b"", "fp32", BuildOptions())
+
+
 def test_a_gpu_is_described_and_its_memory_copies(stand_in_driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver, "_LIBRARY", stand_in_driver)
     gpu = cuda_driver.find_gpu()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,16 @@ def test_layers_are_kept_until_the_drop_is_within_the_limit(source: Int8Source, 
     assert hard.drop.value == min(candidate.drop.value for candidate in (first, *tried.tried))
     document = tried.document()
     assert document[1]["scheme"]["keep"] == [order[0].layer, order[1].layer]
+
+
+def test_one_that_is_not_faster_does_not_end_the_search(
+    source: Int8Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = search(source, tmp_path)
+    order = tuple(LayerSensitivity(node, layer, 1.0) for node, layer in source.layers().items())
+    first, speeds = tried.attempt(Scheme()), iter([0.9, 1.5])
+    monkeypatch.setattr(tried, "timed", lambda found: [replace(one, speed_up=next(speeds)) for one in found])
+    assert tried.mixed(first, order, max_drop=1.0).scheme.keep == (order[0].node, order[1].node)
 
 
 def test_layouts_are_timed_where_the_target_is_here(source: Int8Source, tmp_path: Path) -> None:

@@ -154,6 +154,18 @@ def test_seven_bits_for_weights_where_the_cpu_lacks_vnni() -> None:
     assert (answers == predict(onnx_bundle().model_path.read_bytes(), images).argmax(1)).double().mean() > 0.9
 
 
+@pytest.mark.parametrize(("instructions", "most"), [({"avx2"}, 64), ({"avx2", "avx512_vnni"}, 127)])
+def test_the_cpu_that_quantizes_decides_on_the_bits_of_weights(
+    instructions: set[str], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcompress.quantize.int8.instruction_sets", lambda: frozenset(instructions))
+    made = QUANTIZER.run(onnx_bundle(), digits()[0][:64], tmp_path / "made", profile=PROFILE)
+    assert made.provenance[-1]["reduce_range"] is (most == 64)
+    arrays = [numpy_helper.to_array(item) for item in onnx.load(made.model_path).graph.initializer]
+    weights = [array.astype(int) for array in arrays if array.dtype == np.int8 and array.ndim == 4]
+    assert max(int(np.abs(weight).max()) for weight in weights) in (most, most - 1)
+
+
 def test_arm_gets_signed_activations(tmp_path: Path) -> None:
     made = QUANTIZER.run(onnx_bundle(), digits()[0][:64], tmp_path / "arm", profile=get_profile("ort-arm"))
     zero_points = {

@@ -117,6 +117,31 @@ def test_what_is_kept_stays_and_only_one_is_only_one(source: FloatModel) -> None
     assert quantized_layers(source.quantize(Scheme(), only=names[3])) == {names[3]}
 
 
+def rounded_tensors(model: onnx.ModelProto) -> set[str]:
+    """The activations that a graph quantizes."""
+    return {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+
+
+def test_a_layer_alone_is_rounded_where_it_is_in_the_whole(source: FloatModel) -> None:
+    whole = rounded_tensors(source.quantize(Scheme()))
+    for name in source.layers():
+        assert rounded_tensors(source.quantize(Scheme(), only=name)) <= whole, "not before its ReLU"
+
+
+def test_what_is_kept_is_fp32_in_onnx_runtime_too(source: FloatModel) -> None:
+    images = digits()[0][96:160].numpy()
+    for name in source.layers():
+        content = source.quantize(Scheme(keep=(name,))).SerializeToString()
+        answers = []
+        for level in ("ORT_ENABLE_ALL", "ORT_DISABLE_ALL"):
+            options = onnxruntime.SessionOptions()
+            options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            answers.append(session.run(None, {"images": images})[0])
+        spread = np.abs(answers[1]).max()
+        assert np.abs(answers[0] - answers[1]).max() < 0.05 * spread, name
+
+
 def test_a_dense_layout_leaves_out_what_int8_does_not_help(tmp_path: Path) -> None:
     """A network in small: image → 16 → depthwise → squeeze and excitation → 1 × 1 → 3 × 3."""
     random = np.random.default_rng(0)
