@@ -128,6 +128,37 @@ def half_ends(graph: Graph, profile: Profile) -> Iterator[Place]:
 
 
 @rule("warning")
+def float_layer_rounded(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """A layer with float weights stands between Q/DQ pairs, for ONNX Runtime.
+
+    Why: ONNX Runtime gives its weights 8 bits by itself, one scale for all of them (WeightBiasQuantization, 1.31): a
+    layer that was left in float for its accuracy loses more than in INT8.
+    Do: let it read a DequantizeLinear of its own, whose scale stands once for each channel: `kdcompress quantize`
+    writes it; or open it by InferenceSession(…, disabled_optimizers=["WeightBiasQuantization"]) in Python.
+    """
+    for node, weight in graph.layers() if profile.runtime == "onnxruntime" else ():
+        pairs = [graph.pair(name)[1] for name in node.input[:2]]
+        if node.op_type == "MatMul" or pairs[0] is None or pairs[1] is not None or weight.dtype != np.float32:
+            continue
+        scale = graph.value(pairs[0].input[1])
+        if scale is not None and scale.size == 1 and _is_rounded(graph, node.output[0]):
+            yield name_of(node), f"float weights, one scale for {weight.size} of them"
+
+
+def _is_rounded(graph: Graph, name: str) -> bool:
+    """Whether a tensor goes into a QuantizeLinear and nowhere else, at most through ReLU or Clip."""
+    while True:
+        readers = graph.readers.get(name, [])
+        if len(readers) != 1 or name in graph.outputs:
+            return False
+        if readers[0].op_type == "QuantizeLinear":
+            return True
+        if readers[0].op_type not in ("Relu", "Clip"):
+            return False
+        name = readers[0].output[0]
+
+
+@rule("warning")
 def needs_builder_flags(graph: Graph, profile: Profile) -> Iterator[Place]:
     """TensorRT 8 takes fp16 and INT8 only where flags of its builder say so.
 

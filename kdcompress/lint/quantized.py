@@ -101,12 +101,15 @@ def integer_bias(graph: Graph, profile: Profile) -> Iterator[Place]:
 def per_channel_activations(graph: Graph, profile: Profile) -> Iterator[Place]:
     """An activation has a scale for each channel.
 
-    Why: sums over channels of different scales cannot be done in integers: TensorRT refuses it, others leave INT8.
+    Why: sums over channels of different scales cannot be done in integers: TensorRT refuses it, others leave INT8. (One
+    scale that stands once for each channel of a DequantizeLinear is no harm to them: `float-layer-rounded`.)
     Do: one scale for an activation; per channel is for weights.
     """
     for node in graph.quantizers():
         scale = graph.value(node.input[1])
-        if scale is not None and scale.size > 1 and not graph.is_weight(node):
+        if scale is None or scale.size <= 1 or graph.is_weight(node):
+            continue
+        if profile.runtime == "tensorrt" or node.op_type == "QuantizeLinear" or np.ptp(scale) > 0:
             yield name_of(node), f"{scale.size} scales"
 
 

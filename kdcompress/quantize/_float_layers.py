@@ -35,9 +35,10 @@ def guard_float_layers(model: ModelProto) -> int:
             continue
         size = onnx_graph.layer_size(node, tuple(constants[node.input[1]].dims))
         parameters = [numpy_helper.to_array(constants[name]) for name in dequantize.input[1:]]
-        if size is None or parameters[0].size > 1:
+        channels = size[0] * size[3] if size is not None else 1
+        if channels == 1 or parameters[0].size > 1:
             continue
-        name, channels = f"{node.name}_input", size[0] * size[3]
+        name = f"{node.name}_input"
         names = [f"{name}_{part}" for part in ("scale", "zero_point")[: len(parameters)]]
         for each, value in zip(names, parameters, strict=True):
             repeated = np.full(channels, value.reshape(()), value.dtype)

@@ -32,6 +32,8 @@ from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
 from kdcompress.runtimes.onnxruntime_runtime import first_line
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_ACTIVATIONS = ("Relu", "Clip")
+"""One integer range behind a layer does what they do; in front of them it has to hold what they cut off."""
 _IN_FP32 = ("Gemm", "MatMul")
 """Outputs that stay fp32: logits of 8 bits would tie where fp32 decides, and a matrix product sums in fp32 anyway."""
 
@@ -204,7 +206,7 @@ class FloatModel:
             or (node.op_type == "Conv" and (node.output[0] in points or weights[node.input[1]].dims[1] < 8))
             or (layout == "late" and place < len(layers) // 2)
         ]
-        return [name for name in _LAYERS if name in self.profile.operators], spared
+        return [name for name in (*_LAYERS, *_ACTIVATIONS) if name in self.profile.operators], spared
 
     def _find_extremes(self, method: CalibrationMethod) -> Extremes:
         import onnx

@@ -79,7 +79,9 @@ def test_a_gpu_without_tensorrt_gets_the_line_that_installs_it(
 ) -> None:
     monkeypatch.setattr(cuda_driver, "_LIBRARY", stand_in_driver)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EngineError, match=r"tensorrt is not installed \(pip install tensorrt; on a Jetson: apt install"):
+    with pytest.raises(
+        EngineError, match=r"tensorrt is not installed \(pip install tensorrt; on a Jetson: apt install"
+    ):
         build_engine(b"", "fp32", BuildOptions())
 
 

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from kdcompress.lint import lint, list_rules, structure
 from kdcompress.profiles import get_profile
+from kdcompress.quantize._float_layers import guard_float_layers
 from tests.unit.lint.graphs import branched, constant, findings, graph, insert, node_of, set_constant
 
 Break = Callable[[Any], None]
@@ -318,6 +319,15 @@ def weights_not_quantized(model: Any) -> None:
 
 
 @broken("ort-x86", "ort-x86")
+def float_layer_rounded(model: Any) -> None:
+    conv = node_of(model, "Conv", 2)
+    weight = dequantizer(model, conv.input[1])
+    values, scales = (constant(model, name).astype(np.float32) for name in weight.input[:2])
+    set_constant(model, "weight_again", values * scales.reshape(-1, 1, 1, 1))
+    conv.input[1] = "weight_again"
+
+
+@broken("ort-x86", "ort-x86")
 def output_quantized(model: Any) -> None:
     gemm = node_of(model, "Gemm")
     gemm.output[0] = "float_logits"
@@ -373,6 +383,16 @@ def test_a_mean_in_two_steps_is_found() -> None:
     model.graph.node.remove(pool)
     found = [one for one in findings(model, "trt") if one.rule == "mean-for-pooling"]
     assert [one.where for one in found] == ["ReduceMean m1"]
+
+
+def test_what_is_done_about_a_rounded_float_layer_helps() -> None:
+    model = graph("ort-x86")
+    float_layer_rounded(model)
+    assert guard_float_layers(model) == 1
+    assert not {"float-layer-rounded", "per-channel-activations"} & {one.rule for one in findings(model, "ort-x86")}
+    scales = next(node.input[1] for node in model.graph.node if node.name.endswith("_input"))
+    set_constant(model, scales, constant(model, scales) * np.linspace(1, 2, constant(model, scales).size, dtype="f4"))
+    assert "per-channel-activations" in {one.rule for one in findings(model, "ort-x86")}
 
 
 def test_unsigned_weights_are_found() -> None:

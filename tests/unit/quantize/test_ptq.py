@@ -126,6 +126,7 @@ def test_a_layer_alone_is_rounded_where_it_is_in_the_whole(source: FloatModel) -
     whole = rounded_tensors(source.quantize(Scheme()))
     for name in source.layers():
         assert rounded_tensors(source.quantize(Scheme(), only=name)) <= whole, "not before its ReLU"
+    assert rounded_tensors(source.quantize(Scheme(layout="dense"))) <= whole
 
 
 def test_what_is_kept_is_fp32_in_onnx_runtime_too(source: FloatModel) -> None:
