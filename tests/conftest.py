@@ -25,6 +25,11 @@ settings.register_profile("kdcompress", deadline=None, suppress_health_check=[He
 settings.load_profile("kdcompress")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data and real teachers that KDCOMPRESS_TEST_DATA names; the test is skipped without it."""

@@ -8,7 +8,7 @@ from kdcompress.optim import Optimisation
 from kdcompress.training_step import Run
 from tests.unit.tiny import Everything, TinyTeachers, tiny_loader, tiny_student
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
