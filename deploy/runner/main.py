@@ -15,7 +15,8 @@ _NEEDED = {"numpy": "numpy", "PIL": "Pillow"}
 
 def main(words: Sequence[str]) -> int:
     """Does what the words say; the exit code."""
-    arguments = _parser().parse_args(list(words))
+    parser = _child_parser() if words[:1] == ["_child"] else _parser()
+    arguments = parser.parse_args(words)
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         return _fail(f"{' and '.join(missing)} not installed\npip install {' '.join(missing)}", 2)
@@ -71,9 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     classify.add_argument("--json", action="store_true", help="one JSON object for each picture")
     classify.add_argument("--resize", choices=("bilinear", "bilinear-crop"), help="where the student names no method")
-    child = commands.add_parser("_child")
-    child.add_argument("order", type=json.loads)
-    child.add_argument("answer", type=Path)
+    return parser
+
+
+def _child_parser() -> argparse.ArgumentParser:
+    """How `measure` speaks to its processes; nobody else does, so no usage names it."""
+    parser = argparse.ArgumentParser(prog="run.py")
+    parser.add_argument("command")
+    parser.add_argument("order", type=json.loads)
+    parser.add_argument("answer", type=Path)
     return parser
 
 

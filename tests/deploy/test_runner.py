@@ -296,6 +296,7 @@ def test_a_wrong_command_ends_with_2_and_no_traceback(words: tuple[str, ...], de
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "error: " in done.stderr
+    assert "_child" not in done.stderr  # what measuring processes are told is nobody's command
 
 
 def test_what_is_not_installed_is_named_with_its_line(delivered: Delivered) -> None:
