@@ -12,6 +12,7 @@ from kdcompress.bundle import Bundle, Precision
 from kdcompress.profiles import Profile
 
 _MAX_BATCH = 32
+_TIMING = " --useCudaGraph --useSpinWait --noDataTransfers"
 _FLAGS_OF_8: Mapping[str, str] = {"fp32": "--noTF32", "fp16": "--noTF32 --fp16", "int8": "--noTF32 --fp16 --int8"}
 
 
@@ -92,11 +93,12 @@ def trtexec_lines(flavours: Mapping[Precision, Bundle], profile: Profile) -> str
     An INT8 file that was made for another runtime is left out, since TensorRT refuses it.
     """
     first = next(iter(flavours.values()))
-    fixed = first.interface.batch
     shape = "x".join(map(str, _shape(first)))
-    sizes = (fixed, fixed, fixed) if fixed else (1, 1, _MAX_BATCH)
-    names = ("minShapes", "optShapes", "maxShapes")
-    shapes = " ".join(f"--{name}=images:{size}x{shape}" for name, size in zip(names, sizes, strict=True))
+    built, timed = "", ""
+    if first.interface.batch is None:  # trtexec refuses shapes for a graph that has fixed ones
+        sizes = {"minShapes": 1, "optShapes": 1, "maxShapes": _MAX_BATCH}
+        built = "".join(f" --{name}=images:{size}x{shape}" for name, size in sizes.items())
+        timed = f" --shapes=images:1x{shape}"
     lines = [
         "# trtexec",
         "",
@@ -112,20 +114,15 @@ def trtexec_lines(flavours: Mapping[Precision, Bundle], profile: Profile) -> str
         ]
         flavours = {precision: bundle for precision, bundle in flavours.items() if precision != "int8"}
     for title, flags, timing in (
-        ("TensorRT 8.5, 8.6", _FLAGS_OF_8, "--useCudaGraph --useSpinWait --noDataTransfers"),
-        (
-            "TensorRT 10",
-            dict.fromkeys(flavours, "--noTF32 --stronglyTyped"),
-            "--useCudaGraph --useSpinWait --noDataTransfers",
-        ),
-        ("TensorRT 11", dict.fromkeys(flavours, "--noTF32"), ""),
+        ("TensorRT 8.5, 8.6", _FLAGS_OF_8, _TIMING),
+        ("TensorRT 10", dict.fromkeys(flavours, "--noTF32 --stronglyTyped"), _TIMING),
+        ("TensorRT 11", dict.fromkeys(flavours, "--noTF32"), ""),  # there _TIMING is the default
     ):
         lines += ["", f"## {title}", "```"]
         for precision in flavours:
-            head = f"trtexec --onnx=models/{precision}.onnx --saveEngine={precision}.engine {shapes} {flags[precision]}"
-            tail = "--profilingVerbosity=detailed --dumpLayerInfo"
-            lines.append(f"{head} {tail}")
-            parts = f"trtexec --loadEngine={precision}.engine --shapes=images:{fixed or 1}x{shape} {timing}"
-            lines.append(f"{parts} --iterations=1000 --percentile=50,90,99")
+            head = f"trtexec --onnx=models/{precision}.onnx --saveEngine={precision}.engine{built} {flags[precision]}"
+            lines.append(f"{head} --profilingVerbosity=detailed --dumpLayerInfo")
+            head = f"trtexec --loadEngine={precision}.engine{timed}{timing}"
+            lines.append(f"{head} --iterations=1000 --percentile=50,90,99")
         lines += ["```"]
     return "\n".join(lines) + "\n"
