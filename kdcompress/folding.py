@@ -25,18 +25,24 @@ def fold_batch_norm(network: nn.Module, image_shape: FeatureShape) -> nn.Module:
         image_shape: channels, height, width of its images.
     """
     folded = copy.deepcopy(network)
-    for conv_path, norm_path in _pairs(folded, image_shape):
+    for conv_path, norm_path in find_norms(folded, image_shape):
         convolution, norm = folded.get_submodule(conv_path), folded.get_submodule(norm_path)
-        assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
+        # Exactly these types: a subclass may do more, as timm's norms with an activation inside.
+        if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+            continue
         fused = fuse_conv_bn_eval(convolution.eval(), norm.eval())
         _replace(folded, conv_path, fused.requires_grad_(convolution.weight.requires_grad))
         _replace(folded, norm_path, nn.Identity())
     return folded.train(network.training)
 
 
-def _pairs(network: nn.Module, image_shape: FeatureShape) -> list[tuple[str, str]]:
-    """Paths of convolutions, each with that of the batch norm that reads it."""
+def find_norms(network: nn.Module, image_shape: FeatureShape) -> list[tuple[str, str]]:
+    """Paths of convolutions, each with that of the batch norm that is handed its very output, both called once.
+
+    Args:
+        network: bare; run once in eval mode.
+        image_shape: channels, height, width of its images.
+    """
     given: list[tuple[Tensor, str]] = []
     calls: dict[str, int] = {}
     found: list[tuple[str, str]] = []
@@ -57,10 +63,9 @@ def _pairs(network: nn.Module, image_shape: FeatureShape) -> list[tuple[str, str
 
     handles = []
     for path, module in network.named_modules():
-        # Exactly these types: a subclass may do more, as timm's norms with an activation inside.
-        if type(module) is nn.Conv2d:
+        if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(after_convolution(path)))
-        elif type(module) is nn.BatchNorm2d and module.track_running_stats:
+        elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
             handles.append(module.register_forward_pre_hook(before_norm(path)))
     first = next(network.parameters(), torch.zeros(()))
     try:

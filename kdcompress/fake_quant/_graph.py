@@ -20,6 +20,7 @@ NodeProto: TypeAlias = Any
 _QUANTIZED = "_quantized"
 """What onnxruntime's quantizer puts behind the name of a weight or a bias whose integers take its place."""
 _LAYERS = ("Conv", "Gemm", "MatMul")
+_LEAST_FACTOR = 1e-6
 
 
 class WeightScheme(NamedTuple):
@@ -31,6 +32,11 @@ class WeightScheme(NamedTuple):
 
 class Layer(nn.Module):
     """A node with a weight that is learned.
+
+    With a batch norm (`unfold`) it is trained as by Jacob et al. 2018, https://arxiv.org/abs/1712.05877, §3.2: what is
+    learned is the weight before folding, what is rounded the folded one, and in training the norm takes the statistics
+    of the batch. One convolution does both, as in Krishnamoorthi 2018, https://arxiv.org/abs/1806.08342, §3.2.2: folded
+    with the running statistics, its output divided by the same factors.
 
     Args:
         compute: input, weight and perhaps bias → output.
@@ -55,22 +61,52 @@ class Layer(nn.Module):
         self.compute = compute
         self.weight = weight
         self.bias = bias
+        self.norm: nn.BatchNorm2d | None = None
         self.names = names
         self.scheme = scheme
         self._before = (before,)  # in a tuple, so that it is not part of this module as well
 
+    def unfold(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        """Takes the weight and the batch norm of which its own weight and bias were folded."""
+        self.weight = nn.Parameter(convolution.weight.detach().cpu().clone())
+        self.bias = None
+        self.norm = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+        self.norm.load_state_dict(norm.state_dict())
+        assert self.norm.running_mean is not None
+        if convolution.bias is not None:
+            self.norm.running_mean -= convolution.bias.detach().cpu()
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the file has them, not rounded."""
+        if self.norm is None:
+            return self.weight, self.bias
+        factor, mean = self._factor(self.norm), self.norm.running_mean
+        assert mean is not None
+        return self.weight * factor[:, None, None, None], self.norm.bias - mean * factor
+
     def forward(self, values: Tensor) -> Tensor:
         """The node's output."""
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
+        weight, bias = self.folded()
         if self.scheme is not None:
             scale = weight_scale(weight, *self.scheme)
             weight = round_weight(weight, scale)
             (before,) = self._before
             if bias is not None and before is not None:
                 bias = round_bias(bias, before.scale, scale)
+        if self.norm is not None and self.training:
+            plain: Tensor = self.compute(values, weight) / self._factor(self.norm)[:, None, None]
+            normalised: Tensor = self.norm(plain)
+            return normalised
         result: Tensor = self.compute(values, weight, *([] if bias is None else [bias]))
         return result
+
+    @staticmethod
+    @torch.no_grad()
+    def _factor(norm: nn.BatchNorm2d) -> Tensor:
+        """What folding multiplies each output channel by; never 0, so that it can be divided by."""
+        assert norm.running_var is not None
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        return torch.where(factor.abs() < _LEAST_FACTOR, _LEAST_FACTOR, factor)
 
 
 @dataclass(frozen=True)
@@ -145,14 +181,17 @@ class GraphNetwork(nn.Module):
                     values.pop(name, None)
         return values
 
-    def learned(self) -> dict[str, nn.Parameter]:
+    def layers(self) -> list[Layer]:
+        """The nodes with a weight that is learned, in order."""
+        return [module for module in self.modules() if isinstance(module, Layer)]
+
+    def learned(self) -> dict[str, Tensor]:
         """Weights and biases by their names in the file."""
-        layers = [module for module in self.modules() if isinstance(module, Layer)]
         return {
-            name: parameter
-            for layer in layers
-            for name, parameter in zip(layer.names, (layer.weight, layer.bias), strict=False)
-            if parameter is not None
+            name: value
+            for layer in self.layers()
+            for name, value in zip(layer.names, layer.folded(), strict=False)
+            if value is not None
         }
 
     def _constant(self, name: str) -> Tensor | None:

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from kdcompress.errors import InputError
 from kdcompress.fake_quant._graph import GraphNetwork, read_graph, tensors
 from kdcompress.fake_quant._rounding import FakeQuantize
+from kdcompress.folding import find_norms
 from kdcompress.networks import Student
 from kdcompress.taps import eval_mode
 
@@ -44,6 +46,7 @@ def prepare_student(
     floats = {name: value for name, value in tensors(exported).items() if value.is_floating_point()}
     images = torch.rand(2, *student.preprocess.image_shape, generator=torch.Generator().manual_seed(0))
     network = read_graph(quantized, floats, half=64 if reduce_range else 127)
+    _unfold(network, student)
     made = {name for step in network.steps for name in step.outputs}
     dropped = {node.input[0]: node.output[0] for node in exported.graph.node if node.op_type in ("Relu", "Clip")}
     for stage, tensor in _find_maps(student, read_graph(exported, floats), images).items():
@@ -101,6 +104,38 @@ def _network(student: Student) -> GraphNetwork:
     return student.network
 
 
+@torch.no_grad()
+def _unfold(network: GraphNetwork, student: Student) -> None:
+    """Gives each layer back the batch norm that the export folded into it; weight and bias tell which it was."""
+    layers = [layer for layer in network.layers() if layer.bias is not None]
+    for conv_path, norm_path in find_norms(student.network, student.preprocess.image_shape):
+        convolution, norm = student.network.get_submodule(conv_path), student.network.get_submodule(norm_path)
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        if not norm.affine:
+            continue
+        weight, bias = (value.cpu() for value in _fold(convolution, norm))
+        for layer in layers:
+            assert layer.bias is not None
+            if _same(layer.weight, weight) and _same(layer.bias, bias):
+                layer.unfold(convolution, norm)
+                layers.remove(layer)
+                break
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    return fuse_conv_bn_weights(convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias)
+
+
+def _same(value: Tensor, expected: Tensor) -> bool:
+    if value.shape != expected.shape:
+        return False
+    return bool((value - expected).abs().max() <= _TOLERANCE * expected.abs().max().clamp(min=1e-6))
+
+
 def _find_maps(student: Student, graph: GraphNetwork, images: Tensor) -> dict[str, str]:
     """Feature map of the student → the tensor of its file that has the same values."""
     with eval_mode(student), torch.no_grad():
@@ -125,5 +160,4 @@ def _agree(value: Tensor, expected: Tensor) -> bool:
     """Whether two outputs or feature maps are the same; a pooled map may have height and width 1, or neither."""
     if value.ndim not in (2, 4) or value.shape[:2] != expected.shape[:2] or value.numel() != expected.numel():
         return False
-    difference = (value.reshape(expected.shape) - expected).abs().max()
-    return bool(difference <= _TOLERANCE * expected.abs().max().clamp(min=1e-6))
+    return _same(value.reshape(expected.shape), expected)

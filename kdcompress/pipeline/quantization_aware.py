@@ -44,8 +44,8 @@ from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
 FOLDER = "qat"
 EPOCHS_PART = 10
 """The run's epochs are divided by this."""
-RATE_PART = {"sgd": 1000, "adamw": 10}
-"""The run's learning rate is divided by this; with batch norm folded, nothing holds a step of SGD that is too long."""
+RATE_PART = 10
+"""The run's learning rate is divided by this."""
 LEAST_EPOCHS = 2
 OWN_SECTIONS = ("train", "cache")
 """What of the recipe may be changed; all else is the run's."""
@@ -135,7 +135,7 @@ def shorter_recipe(run: RunFolder, overrides: Sequence[str]) -> Recipe:
     assert settings.lr is not None, "resolved when the run began"
     shorter = {
         "epochs": max(LEAST_EPOCHS, round(settings.epochs / EPOCHS_PART)),
-        "lr": settings.lr / RATE_PART[settings.optimizer],
+        "lr": settings.lr / RATE_PART,
         "warmup_epochs": 0.0,
     }
     content = merge(_from_its_student(recipe, run).model_dump(mode="json"), {"train": shorter})

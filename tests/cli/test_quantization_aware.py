@@ -45,7 +45,7 @@ def test_the_run_holds_both_files_and_the_training(shop: Shop, run: Path) -> Non
     }
     recipe, before = (yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in (training, run))
     assert recipe["train"]["epochs"] == 3
-    assert recipe["train"]["lr"] == pytest.approx(before["train"]["lr"] / 1000)
+    assert recipe["train"]["lr"] == pytest.approx(before["train"]["lr"] / 10)
     assert {key: recipe[key] for key in ("data", "teachers", "method", "seed")} == {
         key: before[key] for key in ("data", "teachers", "method", "seed")
     }
