@@ -28,6 +28,7 @@ from kdcompress.profiles import Profile
 from kdcompress.quantize._float_layers import guard_float_layers
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
+from kdcompress.quantize._prepare import hold_constants, name_nodes
 from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
 from kdcompress.runtimes.onnxruntime_runtime import first_line
 
@@ -77,7 +78,8 @@ class FloatModel:
         try:
             model = onnx.load(path)
             onnx_graph.require_flat(model)
-            _name_nodes(model)
+            name_nodes(model)
+            hold_constants(model)
             self.folded = fold and not profile.skip_only and fold_normalisation(model)
             self._model = onnx.shape_inference.infer_shapes(model)
             opset = onnx_graph.opset_of(model)
@@ -275,15 +277,6 @@ def kept_float(model: ModelProto, profile: Profile) -> list[str]:
         if not quantized:
             kept.append(node.name)
     return kept
-
-
-def _name_nodes(model: ModelProto) -> None:
-    """Names the nodes that have none, so that each can be spoken of."""
-    taken = {node.name for node in model.graph.node}
-    for number, node in enumerate(model.graph.node):
-        if not node.name:
-            name = f"{node.op_type}_{number}"
-            node.name = name if name not in taken else f"{name}_unnamed"
 
 
 def _groups(node: NodeProto) -> int:

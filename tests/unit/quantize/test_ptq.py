@@ -143,6 +143,18 @@ def test_what_is_kept_is_fp32_in_onnx_runtime_too(source: FloatModel) -> None:
         assert np.abs(answers[0] - answers[1]).max() < 0.05 * spread, name
 
 
+def test_weights_that_constant_nodes_hold_are_quantized_too(source: FloatModel, tmp_path: Path) -> None:
+    model = onnx.load(onnx_bundle().model_path)
+    for item in list(model.graph.initializer):
+        model.graph.node.insert(0, helper.make_node("Constant", [], [item.name], value=item))
+        model.graph.initializer.remove(item)
+    onnx.save(model, tmp_path / "constants.onnx")
+    held = FloatModel(tmp_path / "constants.onnx", feeds(), PROFILE, reduce_range=False, fold=True)
+    assert list(held.layers().values()) == list(source.layers().values())
+    assert (held.folded, held.packs) == (source.folded, source.packs)
+    assert operators(held.quantize(Scheme())) == operators(source.quantize(Scheme()))
+
+
 def test_a_dense_layout_leaves_out_what_int8_does_not_help(tmp_path: Path) -> None:
     """A network in small: image → 16 → depthwise → squeeze and excitation → 1 × 1 → 3 × 3."""
     random = np.random.default_rng(0)
