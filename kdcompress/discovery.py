@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,27 +67,43 @@ def find_class(package: str, name: str, base: type[T]) -> type[T]:
         base: what the class must derive from.
 
     Raises:
-        InputError: no such file, module or class, or not a concrete `base`.
+        InputError: no such file, module or class, not a `base`, or one that cannot be made as all others are.
     """
     kind = base.__name__.lower()
     module_name, _, class_name = name.partition(":")
     if class_name:
-        return _checked(getattr(_import_own(module_name, kind), class_name, None), name, base)
+        found = _own_class(_import_own(module_name, kind), class_name, base)
+        _require_usable(found, name, base)
+        return found
     names = list_names(package)
     if name.replace("_", "-") not in names:
         raise InputError(unknown_name(kind, name, names), fix=f"or module:Class for a {kind} of your own")
     module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
     classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     found = [c for c in classes if issubclass(c, base) and not inspect.isabstract(c)]
-    return _checked(found[0] if len(found) == 1 else None, name, base)
+    if len(found) != 1:
+        raise InputError(f"{module.__name__} holds {len(found)} complete classes of {base.__name__}, not one")
+    _require_usable(found[0], name, base)
+    return found[0]
 
 
 def list_options(cls: type) -> tuple[Option, ...]:
-    """The options of a class, in order: the keyword-only arguments of its constructor."""
+    """The options of a class, in order: the keyword-only arguments of its constructor.
+
+    Raises:
+        InputError: an annotation names what its file does not have.
+    """
     constructor = cls.__init__  # type: ignore[misc]
-    hints = typing.get_type_hints(constructor, include_extras=True)
-    parameters = inspect.signature(constructor).parameters.values()
-    return tuple(Option(p.name, hints.get(p.name, Any), p.default) for p in parameters if p.kind is p.KEYWORD_ONLY)
+    parameters = [p for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    # Only theirs: what else the constructor takes may be imported for type checkers alone.
+    annotated = types.SimpleNamespace(__annotations__={p.name: p.annotation for p in parameters})
+    names = getattr(inspect.unwrap(constructor), "__globals__", {})
+    try:
+        hints = typing.get_type_hints(annotated, names, include_extras=True)
+    except (NameError, TypeError, SyntaxError) as error:
+        where = f"{cls.__module__}:{cls.__name__}"
+        raise InputError(f"the annotation of an option cannot be read: {error}", where=where) from error
+    return tuple(Option(p.name, Any if hints[p.name] is p.empty else hints[p.name], p.default) for p in parameters)
 
 
 def check_options(cls: type, options: Mapping[str, Any], *, where: str = "method") -> dict[str, Any]:
@@ -152,13 +169,49 @@ def _import_own(module: str, kind: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # their file may fail in any way
         reason = " ".join(str(error).split())
-        raise InputError(f"{module} cannot be imported: {type(error).__name__}: {reason}", where=kind) from error
+        raise InputError(
+            f"{module} cannot be imported: {type(error).__name__}: {reason}",
+            where=f"a {kind} of your own is MODULE:Class",
+            fix=f"the module's name, not its file's: {module.removesuffix('.py')}" if module.endswith(".py") else "",
+        ) from error
     finally:
         if added:
             sys.path.remove(str(Path.cwd()))
 
 
-def _checked(found: Any, name: str, base: type[T]) -> type[T]:
-    if isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found):
+def _own_class(module: Any, name: str, base: type[T]) -> type[T]:
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, base) and found is not base:
         return found
-    raise InputError(f"{name} holds no class that derives from {base.__module__}.{base.__name__} and is complete")
+    origin = f"{base.__module__}.{base.__name__}"
+    if isinstance(found, type):
+        raise InputError(f"{name} does not derive from {origin}", where=module.__name__)
+    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base)]
+    names = [c.__name__ for c in own if c.__module__ == module.__name__]
+    if not names:
+        raise InputError(f"{module.__name__} holds no class that derives from {origin}, and none called {name}")
+    raise InputError(unknown_name(f"class of {module.__name__}", name, names))
+
+
+def _require_usable(cls: type, name: str, base: type) -> None:
+    """Refuses a class that is not complete, or whose constructor cannot be called as that of `base` is.
+
+    Raises:
+        InputError: naming what is missing or in the wrong place.
+    """
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise InputError(f"{name} does not define {', '.join(missing)}, which every {base.__name__} must")
+    first = [p.name for p in inspect.signature(base).parameters.values()]
+    parameters = list(inspect.signature(cls).parameters.values())
+    placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(placed) < len(first) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        fix = f"def __init__(self, {', '.join(first)}, *, …)"
+        raise InputError(f"the constructor of {name} does not take {', '.join(first)}", fix=fix)
+    if len(placed) > len(first):
+        more = ", ".join(p.name for p in placed[len(first) :])
+        fix = f"a * before them: def __init__(self, {', '.join(first)}, *, …)"
+        raise InputError(f"{more} of {name} must be keyword-only, as options are", fix=fix)
+    bare = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if bare:
+        raise InputError(f"{', '.join(bare)} of {name} must have a default, as options have")

@@ -176,7 +176,7 @@ class Run:
 
         measured: dict[str, Tensor] = {}
         for index, step in enumerate(self.steps(batch, outputs, answers, own)):
-            losses: LossTerms = self.methods[index](step)
+            losses = self._terms(index, step)
             loss = self._weigh(index, losses)
             torch.autograd.backward(self.scaler.scale(loss))
             measured[f"{index}/loss"] = loss.detach()
@@ -246,6 +246,21 @@ class Run:
             for state in states:
                 found += [held for name, held in state.items() if name not in trained and held.is_floating_point()]
         ranks.average(found)
+
+    def _terms(self, index: int, step: Step) -> LossTerms:
+        """What a method answers.
+
+        Raises:
+            InputError: it answers something else, or what does not depend on the student.
+        """
+        method = self.methods[index]
+        losses: Any = method(step)
+        name = type(method).__name__
+        if not isinstance(losses, LossTerms):
+            raise InputError(f"{name} answers a {type(losses).__name__}, a method answers LossTerms", where=name)
+        if not any(term.value.requires_grad for term in losses.terms.values()):
+            raise InputError(f"no term of {name} depends on the student", where=", ".join(losses.terms))
+        return losses
 
     def _weigh(self, index: int, losses: LossTerms) -> Tensor:
         """The sum of the terms under their factors; the terms are measured first if it is time."""

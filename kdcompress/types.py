@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kdcompress.errors import ShapeError
+from kdcompress.errors import InputError, ShapeError
 
 Images: TypeAlias = Float[Tensor, "batch channels height width"]
 Logits: TypeAlias = Float[Tensor, "batch classes"]
@@ -162,18 +162,37 @@ class Share:
 
 @dataclass(frozen=True)
 class Term:
-    """One named part of a loss: its value before weighting, and its weight."""
+    """One named part of a loss: its value before weighting, and its weight.
+
+    Raises:
+        ShapeError: the value is more than one number.
+    """
 
     value: Float[Tensor, ""]
     weight: float | Share = 1.0
 
+    def __post_init__(self) -> None:
+        if self.value.ndim:
+            shape = tuple(self.value.shape)
+            raise ShapeError(f"the value of a term is one number, not a tensor of shape {shape}", fix=".mean()")
+
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What a method answers: the terms to differentiate, and detached tensors worth logging (no `.item()` inside)."""
+    """What a method answers: the terms to differentiate, and detached tensors worth logging (no `.item()` inside).
+
+    Raises:
+        InputError: something else than terms, or none.
+    """
 
     terms: Mapping[str, Term]
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        strange = [name for name, term in self.terms.items() if type(term) is not Term]
+        if strange or not self.terms:
+            what = f"{', '.join(strange)} must be of type Term" if strange else "a loss of no terms"
+            raise InputError(what, fix='LossTerms({"soft_targets": Term(value, weight)})')
 
 
 @dataclass(frozen=True)

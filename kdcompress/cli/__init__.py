@@ -11,6 +11,7 @@ import pkgutil
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -127,9 +128,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _fail(f"no space left while writing {error.filename or 'the output'}\nfree some space and run it again", 1)
         reason = " ".join(str(error).split())[:300]
-        _fail(f"unexpected {type(error).__name__}: {reason}\nrun again with --debug for the traceback", 1)
+        what = f"unexpected {type(error).__name__}{_place(error)}: {reason}"
+        _fail(f"{what}\nrun again with --debug for the traceback", 1)
     else:
         raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _place(error: Exception) -> str:
+    """Where a method of the user's own failed: the last line that is neither kdcompress's nor a library's."""
+    import sysconfig
+    import traceback
+
+    installed = (f"{Path(__file__).parents[1]}{os.sep}", *sysconfig.get_paths().values(), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(installed)]
+    return f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
 
 
 def _fail(message: str, code: int) -> None:

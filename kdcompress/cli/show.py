@@ -31,7 +31,8 @@ def command(name: str) -> None:
     elif name in list_recipes() or name.endswith((".yaml", ".yml")):
         click.echo(dump_recipe(build_recipe(read_recipe(name), where=name)), nl=False)
     else:
-        raise InputError(unknown_name("method or recipe", name, [*methods, *weightings, *list_recipes(), *PROFILES]))
+        known = [*methods, *weightings, *list_recipes(), *PROFILES]
+        raise InputError(unknown_name("method or recipe", name, known), fix="or MODULE:Class for one of your own")
 
 
 def describe_own(name: str) -> str:
@@ -55,10 +56,37 @@ def describe_own(name: str) -> str:
 
 
 def describe_method(name: str) -> str:
-    """The card, and a line per option: `method.temperature = 4.0`."""
-    from kdcompress.discovery import list_options
+    """The card, what it lacks, and for each option its default and its meaning: `method.temperature = 4.0`."""
+    from kdcompress.discovery import CARD_HEADINGS, list_options
     from kdcompress.methods.base import card, find_method
 
-    options = list_options(find_method(name))
-    lines = [f"    method.{option.name} = {option.default}" for option in options]
-    return "\n".join([str(card(name)), "", "Options", *lines])
+    method, shown = find_method(name), card(name)
+    lines = [str(shown)] if shown.title else []
+    missing = [heading for heading in CARD_HEADINGS if not shown.sections.get(heading)]
+    if missing:
+        lines += ["", f"The docstring at the top of its file does not say: {', '.join(missing)}."]
+    meanings = documented_arguments(method)
+    lines += ["", "Options"]
+    for option in list_options(method):
+        lines.append(f"    method.{option.name} = {option.default}")
+        if option.name in meanings:
+            lines.append(f"        {meanings[option.name]}")
+    return "\n".join(lines)
+
+
+def documented_arguments(cls: type) -> dict[str, str]:
+    """The entries below `Args:` in a class's docstring, each as one line."""
+    import inspect
+
+    found: dict[str, str] = {}
+    name, inside = "", False
+    for line in (inspect.getdoc(cls) or "").splitlines():
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        if indent == 0 and text:
+            inside = text == "Args:"
+        elif inside and indent == 4:
+            name, _, meaning = text.partition(": ")
+            found[name] = meaning
+        elif inside and text and name:
+            found[name] += f" {text}"
+    return found

@@ -21,9 +21,9 @@ Loss
     them on with that share of the gradient, hints as 1 - cosine and faded to 0 at half time.
     variant: paper. Gate: `latent-factors`, w = softmax_t(Wᵀ(β ∘ θ_t)), β the student's max-pooled last feature map, not
     detached; learned from the KL along with the student. Hints: squared error, the student's map normalised before its
-    regressor and the teacher's before it is compared. Coefficients as published: T = 5, soft targets 2·0.7, labels 0.3,
-    angles 1, hints 1; but regulariser 1e-4, for 0.1 turns the gate into plain averaging. One stage; regressors are
-    trained; angles between like quantities.
+    regressor and the teacher's before it is compared. Coefficients of the released code: T = 5, soft targets 2·0.7,
+    labels 0.3, angles 1, hints 1 (what the article says of them was not at hand); but regulariser 1e-4, for 0.1 turns
+    the gate into plain averaging. One stage; regressors are trained; angles between like quantities.
     loss, standardise, mix (both): what is done with the gate's weights, see `kdcompress show avg-kd`.
     official_compat (paper only) restores three scalings of the released code: the gate reads average-pooled features,
     the KL is divided by the number of classes, and the labels' cross entropy is taken at temperature T.

@@ -7,8 +7,8 @@ Loss
     plus `label_weight` × cross entropy to the labels.
 
     loss: dkd sets the label's class apart from the others, which count 8 times (Zhao et al., CVPR 2022; it asks labels
-    and forbids mixup). dist asks for correlation instead of equality (Huang et al., NeurIPS 2022; published with
-    labels at half its weight).
+    and forbids mixup; published with 20 epochs of warm-up, which are left out). dist asks for correlation instead of
+    equality (Huang et al., NeurIPS 2022; published with labels at half its weight).
     standardise: each network's logits have mean 0 and standard deviation 1 first (Sun et al., CVPR 2024; published with
     T = 2 and the labels at a ninth of its weight). For three classes or more.
     mix: targets averages probabilities, logits averages logits, losses averages the loss of each teacher.

@@ -5,6 +5,7 @@ A method sees no images, optimizers or recipes; the trainer runs the networks, b
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +13,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from kdcompress.discovery import Card, check_options, find_class, list_names, read_card
-from kdcompress.errors import RecipeError
+from kdcompress.discovery import Card, check_options, find_class, list_names, list_options, read_card
+from kdcompress.errors import InputError, RecipeError
 from kdcompress.types import Head, LossTerms, Needs, NetworkShapes, Share, Step
 from kdcompress.weightings.base import diagnose
 
@@ -79,9 +80,17 @@ def find_method(name: str) -> type[Method]:
     """The class of a name such as "amtml-kd", or of "module:Class".
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or its `needs` cannot be asked before it is made.
     """
-    return find_class(PACKAGE, name, Method)  # type: ignore[type-abstract]
+    cls = find_class(PACKAGE, name, Method)  # type: ignore[type-abstract]
+    fix = "@classmethod, and def needs(cls, **options)"
+    if not inspect.ismethod(cls.needs):
+        raise InputError(f"needs of {name} is no classmethod", fix=fix)
+    try:
+        inspect.signature(cls.needs).bind(**{option.name: option.default for option in list_options(cls)})
+    except TypeError as error:
+        raise InputError(f"needs of {name} does not take its options: {error}", fix=fix) from error
+    return cls
 
 
 def card(name: str) -> Card:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdcompress.discovery import check_options
-from kdcompress.errors import RecipeError
+from kdcompress.errors import RecipeError, unknown_name
 from kdcompress.methods.base import find_method, list_methods
 from kdcompress.recipe import Recipe, build_recipe, list_recipes, merge, parse_override, read_recipe
 
@@ -83,6 +83,9 @@ def read_contender(
         where = f"recipe {word}"
     else:
         name, options = parse_method(word)
+        if ":" not in name and name.replace("_", "-") not in list_methods():
+            what = unknown_name("method or recipe", name, [*list_methods(), *list_recipes()])
+            raise RecipeError(what, where="--methods", fix="or MODULE:Class for a method of your own")
         content = merge(merge(shared, changes), {"method": {"name": name, **options}})
         where = f"--methods {word}"
     own = build_recipe(content, overrides, where=where)

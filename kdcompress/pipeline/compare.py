@@ -140,7 +140,11 @@ def compare(
     }
     chosen = {name: best_setting(found) for name, found in tried.items()}
     for name, setting in chosen.items():
-        speak.print(f"{name}: {shown_setting(setting)} is best on {judged_on}")
+        went_well = any(score is not None for trial in tried[name] for score in trial.scores)
+        found = (
+            f"{shown_setting(setting)} is best on {judged_on}" if went_well else "no setting that was tried went well"
+        )
+        speak.print(f"{name}: {found}")
     chosen[EQUAL_COMPUTE] = chosen.get(SUPERVISED, {})
     runs = counting_runs(plan, folder, chosen)
     carry_out_all(train, runs, everything, materials, speak, offline, all_or_none=True)
@@ -149,7 +153,7 @@ def compare(
         speak.print(f"note: {note}")
 
     speak.print(f"accuracy of {len(runs)} students on {len(materials.splits.test):,} test images")
-    found = {run.path: compared_run(run, folder, materials) for run in runs}
+    judged = {run.path: compared_run(run, folder, materials) for run in runs}
     comparison = compare_runs(
         [
             MethodRuns(
@@ -157,7 +161,7 @@ def compare(
                 with_setting(one.recipe, chosen.get(one.name, {})).model_dump(mode="json"),
                 tried.get(one.name, ()),
                 chosen.get(one.name, {}),
-                [found[run.path] for run in runs if run.method == one.name],
+                [judged[run.path] for run in runs if run.method == one.name],
             )
             for one in plan.contenders
             if one.name not in lost

@@ -1,3 +1,4 @@
+import zlib
 from pathlib import Path
 
 import pytest
@@ -55,13 +56,42 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         3 * step.student.logits.detach().sum()
     )
     assert base.card("my_own_kd:Mine").sections == {"Idea": "None."}
-    for name in ("my_own_kd:Yours", "my_own_kd:Unfinished"):
-        with pytest.raises(InputError, match="no class that derives from"):
-            base.find_method(name)
     with pytest.raises(InputError, match="my_broken_kd cannot be imported: ZeroDivisionError"):
         base.find_method("my_broken_kd:Mine")
     with pytest.raises(InputError, match="cannot be imported: ModuleNotFoundError"):
         base.find_method("my_absent_kd:Mine")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "cls", "message"),
+    [
+        ("", "", "Min", r"unknown class of my_\d+; did you mean 'Mine'\?|unknown class of my_\d+ 'Min'"),
+        ("", "", "Unfinished", r"Unfinished does not define forward, needs, which every Method must"),
+        ("", "", "Needs", r"Needs does not derive from kdcompress\.methods\.base\.Method"),
+        ("(Method)", "", "Mine", r"Mine does not derive from kdcompress\.methods\.base\.Method"),
+        ("heads=(), *, ", "heads=(), ", "Mine", r"factor of \S+ must be keyword-only, as options are"),
+        ("shapes, heads=(), *", "shapes, *", "Mine", r"the constructor of \S+ does not take shapes, heads"),
+        ("float = 2.0", "float", "Mine", r"factor of \S+ must have a default"),
+        ("factor: float", "factor: 'Flaot'", "Mine", r"annotation of an option cannot be read: name 'Flaot'"),
+        ("@classmethod", "", "Mine", r"needs of \S+ is no classmethod"),
+        ("needs(cls, **options)", "needs(cls)", "Mine", r"needs of \S+ does not take its options: .*'factor'"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str, cls: str, message: str
+) -> None:
+    module = f"my_{zlib.crc32((before + after + cls).encode())}"
+    (tmp_path / f"{module}.py").write_text(OWN.replace(before, after) if before else OWN)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        base.find_method(f"{module}:{cls}")
+
+
+def test_imports_for_type_checkers_alone_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = OWN.replace("(self, shapes, heads", "(self, shapes: 'NetworkShapes', heads")
+    (tmp_path / "my_typed_kd.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert [option.annotation for option in list_options(base.find_method("my_typed_kd:Mine"))] == [float]
 
 
 def test_heldout_steps_lose_their_feature_maps() -> None:
