@@ -255,7 +255,8 @@ def pair_hints(shapes: NetworkShapes) -> tuple[tuple[str, str], ...]:
     for number, stages in enumerate(shapes.teachers, start=1):
         if not stages or not groups:
             who = f"teacher {number}" if groups else "the student"
-            raise ShapeError(f"{who} has no feature maps for hints", fix="name its stages, or method.hint_share=0")
+            fix = "name its stages, or no hints: method.hint_share=0 (of variant paper: method.hint_weight=0)"
+            raise ShapeError(f"{who} has no feature maps for hints", fix=fix)
     return tuple(
         (groups[-(-(teacher + 1) * len(groups) // count) - 1], list(stages)[-1])
         for teacher, stages in enumerate(shapes.teachers)

@@ -26,7 +26,8 @@ Paper
 Use
     For teachers of different quality, with labels. Any teacher takes part in the soft targets; in the hints those whose
     classifier can be split off, which is tried when the run begins and said; with hint_pool=pooled those whose
-    classifier reads nothing but the mean over the positions.
+    classifier reads nothing but the mean over the positions. The ReLU of r_t is made for maps behind a ReLU: of one
+    that can be negative (ConvNeXt) it reaches the other half.
 Cost
     Beside the teachers' passes one 1×1 convolution per teacher and one pass through its classifier.
 """

@@ -15,7 +15,8 @@ Paper
     Zhang, Chen and Wang, arXiv 2201.00007, whose weight 100 this is. In their released code the hints have no gradient,
     so their figures for it are those of plain averaging.
 Use
-    As a baseline for methods with feature maps.
+    As a baseline for methods with feature maps. The ReLU of r_t is made for maps behind a ReLU: of one that can be
+    negative (ConvNeXt, EfficientNet, DenseNet) it reaches the other half.
 Cost
     Beside the teachers' passes one 1×1 convolution per teacher.
 """

@@ -85,8 +85,9 @@ def headroom(
     }
     for name, one in apart.items():
         if one is not None:
+            images = {"training views": "views of training images", "held-out": "held-out images"}[name]
             speak.print(
-                f"the teachers differ on {one.differ:.2%} of {one.n:,} {name} images, "
+                f"the teachers differ on {one.differ:.2%} of {one.n:,} {images}, "
                 f"Jensen-Shannon divergence {one.divergence:.4f} nats"
             )
     seen, because = saw_val(exams)
