@@ -72,9 +72,9 @@ def find_class(package: str, name: str, base: type[T]) -> type[T]:
     kind = base.__name__.lower()
     module_name, _, class_name = name.partition(":")
     if class_name:
-        found = _own_class(_import_own(module_name, kind), class_name, base)
-        _require_usable(found, name, base)
-        return found
+        own = _own_class(_import_own(module_name, kind), class_name, base)
+        _require_usable(own, name, base)
+        return own
     names = list_names(package)
     if name.replace("_", "-") not in names:
         raise InputError(unknown_name(kind, name, names), fix=f"or module:Class for a {kind} of your own")
