@@ -61,13 +61,15 @@ def test_the_gradient_passes_inside_the_range_and_not_outside() -> None:
 
 
 def test_the_gradient_of_the_scale_is_that_of_lsq() -> None:
-    """Esser et al. 2020, eq. 3: round(v/s) - v/s inside, the limit outside; and its weight, by one image's values."""
+    """Esser et al. 2020, eq. 3: round(v/s) - v/s inside, the limit outside; times s for its logarithm; at most 1."""
     values = torch.tensor([[-3.0, 0.26, 0.9], [1.1, 70.0, 63.5]])
-    module = FakeQuantize(0.5, 2, 0, 129)
-    module(values).backward(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
-    by_hand = 1 * -2 + 2 * (1 - 0.52) + 3 * (2 - 1.8) + 4 * (2 - 2.2) + 5 * 127 + 6 * (127 - 127)
-    assert module.scale.grad is not None
-    assert float(module.scale.grad) == pytest.approx(by_hand / (3 * 129) ** 0.5, rel=1e-5)
+    incoming = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    by_hand = 0.5 * (1 * -2 + 2 * (1 - 0.52) + 3 * (2 - 1.8) + 4 * (2 - 2.2) + 5 * 127 + 6 * (127 - 127))
+    for factor, expected in ((1e-3, 1e-3 * by_hand), (1.0, 1.0), (-1.0, -1.0)):
+        module = FakeQuantize(0.5, 2, 0, 129)
+        module(values).backward(factor * incoming)
+        assert module.log_stretch.grad is not None
+        assert float(module.log_stretch.grad) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_larger_step_towards_less_error() -> None:
@@ -75,7 +77,7 @@ def test_a_larger_step_towards_less_error() -> None:
     values = torch.cat([torch.linspace(0, 1, 4000), torch.tensor([20.0])])[None]
     counts = torch.cat([torch.ones(4000), torch.tensor([1e-3])])
     module = FakeQuantize(20 / 255, 0, 0, 255)
-    optimizer = torch.optim.SGD(module.parameters(), lr=5e-3)
+    optimizer = torch.optim.SGD(module.parameters(), lr=2e-2)
     errors = []
     for _ in range(200):
         optimizer.zero_grad()

@@ -124,7 +124,7 @@ def test_every_weight_and_scale_is_learned_and_else_only_batch_norms_statistics_
     weights = {name for name in names if name.endswith(".weight") and ".norm." not in name}
     assert len(weights) == layers, "a shortcut that only selects channels is none"
     scales = {node.input[1] for node in quantized().graph.node if node.op_type == "QuantizeLinear"}
-    assert sum(name.endswith(".scale") for name in names) == len(scales)
+    assert sum(name.endswith(".log_stretch") for name in names) == len(scales)
 
 
 def test_its_feature_maps_are_the_students() -> None:
