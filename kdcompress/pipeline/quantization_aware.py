@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,16 @@ def _take_over_method(parts: Parts, run: RunFolder, speak: Console) -> None:
     if not (run.path / LAST).is_file():
         speak.print(f"note: {run.path / LAST} is gone, so what {parts.recipe.method.name} itself learned starts anew")
         return
-    method.load_state_dict(load_state(run.path / LAST)["run"]["methods"][0])
+    saved = load_state(run.path / LAST)["run"]["methods"][0]
+    if _shapes(saved) != _shapes(method.state_dict()):
+        what = f"what {parts.recipe.method.name} learned in {run.path} is of another version of it, and starts anew"
+        speak.print(f"note: {what}")
+        return
+    method.load_state_dict(saved)
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def _hold_to(
