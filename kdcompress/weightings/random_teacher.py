@@ -16,6 +16,7 @@ Cost
 
 from __future__ import annotations
 
+import random
 from typing import ClassVar
 
 import torch
@@ -46,8 +47,7 @@ class RandomTeacher(Weighting):
     def forward(self, step: Step) -> TeacherWeights:
         """All weight on the teacher drawn."""
         teachers = teachers_of(step)
-        lot = torch.Generator().manual_seed(int(self.seed) ^ round(step.progress * RESOLUTION))
-        number = int(torch.randint(len(teachers.teacher_ids), (), generator=lot))
-        chosen = sorted(teachers.teacher_ids)[number]
+        lot = random.Random(int(self.seed) ^ round(step.progress * RESOLUTION))  # torch's reads 32 bits of a seed
+        chosen = lot.choice(sorted(teachers.teacher_ids))
         row = [float(teacher == chosen) for teacher in teachers.teacher_ids]
         return torch.tensor(row, device=teachers.logits.device).expand(len(step.labels), -1)
