@@ -418,9 +418,11 @@ def _counted(number: int) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value in a sentence; a mapping as `(key value, key value)`."""
+    """A value in a sentence; a mapping as `(key value, key value)`, a list as what is in it."""
     if isinstance(value, Mapping):
         return f"({', '.join(f'{key} {_shown(inner)}' for key, inner in value.items())})" if value else "(none)"
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(inner) for inner in value)
     return str(value)
 
 

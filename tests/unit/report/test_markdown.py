@@ -42,3 +42,9 @@ def test_the_page_shows_numbers_sentences_and_conditions() -> None:
 def test_a_smoke_test_says_so_in_its_title() -> None:
     report = example().model_copy(update={"smoke_test": True})
     assert render_markdown(report).startswith("# Smoke test (not a result)")
+
+
+def test_where_a_foreign_model_comes_from_is_told_in_words() -> None:
+    training = {"provenance": [{"step": "adopt-onnx", "file": "a.onnx"}, {"step": "quantize"}]}
+    page = render_markdown(example().model_copy(update={"training": training}))
+    assert "- Training: provenance (step adopt-onnx, file a.onnx), (step quantize).\n" in page
