@@ -46,7 +46,7 @@ def opset_too_new(model: Any) -> None:
 def opset_too_old(model: Any) -> None:
     model.opset_import[0].version = 12
     for node in model.graph.node:  # of opset 12, where there is no axis
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Reshape"):
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Reshape", "Shape"):
             del node.attribute[:]
 
 
