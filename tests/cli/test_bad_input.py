@@ -190,7 +190,7 @@ RECIPES = (
     case("unknown option", f"{DISTILL}|method.temprature=3", "did you mean 'method.temperature'"),
     case("option out of range", f"{DISTILL}|method.temperature=-3", "method.temperature", "not -3"),
     case("own method that is not there", f"{DISTILL}|--method|nosuch:Method", "nosuch cannot be imported"),
-    case("own method that is none", f"{DISTILL}|--method|json:JSONDecoder", "json:JSONDecoder", "Method"),
+    case("own method that is none", f"{DISTILL}|--method|json:JSONDecoder", "JSONDecoder does not derive", "json"),
 )
 MODELS = (
     case("none given", "distill|--teachers|a/model.pt", "--student"),
