@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kdcompress.equalization import Equalization, Factors
 from kdcompress.errors import InputError
 from kdcompress.fake_quant._rounding import FakeQuantize, round_bias, round_weight, weight_scale
 from kdcompress.onnx_operators import Operation, operation
@@ -66,12 +67,17 @@ class Layer(nn.Module):
         self.scheme = scheme
         self._before = (before,)  # in a tuple, so that it is not part of this module as well
 
-    def unfold(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-        """Takes the weight and the batch norm of which its own weight and bias were folded."""
-        self.weight = nn.Parameter(convolution.weight.detach().cpu().clone())
+    @torch.no_grad()
+    def unfold(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d, equalization: Equalization) -> None:
+        """Takes the weight and the batch norm of which its own weight and bias were folded, then equalized."""
+        name, bias_name = self.names
+        without_norm = equalization._replace(rows={})
+        self.weight = nn.Parameter(_rescaled(without_norm, name, convolution.weight).clone())
         self.bias = None
         self.norm = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
         self.norm.load_state_dict(norm.state_dict())
+        for each in (self.norm.weight, self.norm.bias):
+            each.copy_(_rescaled(equalization, bias_name, each))
         assert self.norm.running_mean is not None
         if convolution.bias is not None:
             self.norm.running_mean -= convolution.bias.detach().cpu()
@@ -122,6 +128,17 @@ class Step:
     finished: tuple[str, ...] = ()
 
 
+class _WithoutFactors(nn.Module):
+    """Divides each channel by its factor."""
+
+    def __init__(self, factors: Factors) -> None:
+        super().__init__()
+        self.register_buffer("factors", torch.from_numpy(factors).float(), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values / self.get_buffer("factors").view(-1, *[1] * (values.ndim - 2))
+
+
 class GraphNetwork(nn.Module):
     """A graph of one input and one output.
 
@@ -156,9 +173,9 @@ class GraphNetwork(nn.Module):
             else:
                 self._fixed[name] = value
 
-    def show(self, value: str, name: str) -> None:
-        """Passes a value through a module of this name, so that it can be tapped."""
-        self.add_module(name, nn.Identity())
+    def show(self, value: str, name: str, factors: Factors | None = None) -> None:
+        """Passes a value through a module of this name, so that it can be tapped; its channels without factors."""
+        self.add_module(name, nn.Identity() if factors is None else _WithoutFactors(factors))
         self.shown[value] = name
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
@@ -332,8 +349,13 @@ def _dequantized(given: Mapping[str, Tensor], node: NodeProto) -> Tensor:
 
 
 def _selects_channels(weight: Tensor) -> bool:
-    """Whether a weight only says which input channel becomes which output channel."""
-    return bool(((weight == 0) | (weight == 1)).all()) and int(weight.abs().flatten(1).sum(1).max()) <= 1
+    """Whether a weight only says which input channel becomes which output channel, perhaps with equalizing factors."""
+    powers_of_two = (weight == 0) | (torch.frexp(weight).mantissa == 0.5)
+    return bool(powers_of_two.all()) and int((weight != 0).flatten(1).sum(1).max()) <= 1
+
+
+def _rescaled(equalization: Equalization, name: str, value: Tensor) -> Tensor:
+    return torch.from_numpy(equalization.rescale(name, value.detach().cpu().numpy()))
 
 
 def _plain(name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from kdcompress.equalization import Equalization
 from kdcompress.errors import InputError
 from kdcompress.fake_quant._graph import GraphNetwork, read_graph, tensors
 from kdcompress.fake_quant._rounding import FakeQuantize
@@ -18,12 +19,18 @@ from kdcompress.taps import eval_mode
 
 ModelProto: TypeAlias = Any
 
+_UNCHANGED = Equalization()
 _TOLERANCE = 1e-3
 """Largest difference of a walked graph to the network it was exported from, relative to the largest value."""
 
 
 def prepare_student(
-    student: Student, exported: ModelProto, quantized: ModelProto, *, reduce_range: bool = False
+    student: Student,
+    exported: ModelProto,
+    quantized: ModelProto,
+    *,
+    reduce_range: bool = False,
+    equalization: Equalization = _UNCHANGED,
 ) -> Student:
     """A student that computes what the INT8 file computes, and can be trained.
 
@@ -35,6 +42,7 @@ def prepare_student(
         exported: its fp32 file, an `onnx.ModelProto`.
         quantized: the INT8 file made of that.
         reduce_range: whether weights have 7 bits there.
+        equalization: what was done to the fp32 file before the INT8 file was made of it.
 
     Returns:
         A student of the same architecture's name, on the CPU.
@@ -45,13 +53,15 @@ def prepare_student(
     """
     floats = {name: value for name, value in tensors(exported).items() if value.is_floating_point()}
     images = torch.rand(2, *student.preprocess.image_shape, generator=torch.Generator().manual_seed(0))
-    network = read_graph(quantized, floats, half=64 if reduce_range else 127)
-    _unfold(network, student)
+    equalized = {name: torch.from_numpy(equalization.rescale(name, each.numpy())) for name, each in floats.items()}
+    network = read_graph(quantized, equalized, half=64 if reduce_range else 127)
+    _unfold(network, student, equalization)
     made = {name for step in network.steps for name in step.outputs}
     dropped = {node.input[0]: node.output[0] for node in exported.graph.node if node.op_type in ("Relu", "Clip")}
     for stage, tensor in _find_maps(student, read_graph(exported, floats), images).items():
         kept = tensor if tensor in made else dropped.get(tensor, tensor)
-        network.show(network.rounded[kept][0] if kept in network.rounded else kept, stage)
+        factors = equalization.tensors.get(kept)
+        network.show(network.rounded[kept][0] if kept in network.rounded else kept, stage, factors)
     channels = student.preprocess.channels
     return Student(
         network,
@@ -84,7 +94,7 @@ def learned_model(student: Student, exported: ModelProto) -> ModelProto:
 
     Args:
         student: what `prepare_student` gave.
-        exported: the file that it was made from.
+        exported: the file that it was made from, its channels equalized if that one's were.
     """
     import onnx
     from onnx import numpy_helper
@@ -105,7 +115,7 @@ def _network(student: Student) -> GraphNetwork:
 
 
 @torch.no_grad()
-def _unfold(network: GraphNetwork, student: Student) -> None:
+def _unfold(network: GraphNetwork, student: Student, equalization: Equalization) -> None:
     """Gives each layer back the batch norm that the export folded into it; weight and bias tell which it was."""
     layers = [layer for layer in network.layers() if layer.bias is not None]
     for conv_path, norm_path in find_norms(student.network, student.preprocess.image_shape):
@@ -114,11 +124,14 @@ def _unfold(network: GraphNetwork, student: Student) -> None:
         assert isinstance(norm, nn.BatchNorm2d)
         if not norm.affine:
             continue
-        weight, bias = (value.cpu() for value in _fold(convolution, norm))
+        folded = [value.cpu().numpy() for value in _fold(convolution, norm)]
         for layer in layers:
             assert layer.bias is not None
-            if _same(layer.weight, weight) and _same(layer.bias, bias):
-                layer.unfold(convolution, norm)
+            if layer.weight.shape != folded[0].shape:
+                continue
+            expected = [torch.from_numpy(each) for each in map(equalization.rescale, layer.names, folded)]
+            if all(map(_same, (layer.weight, layer.bias), expected)):
+                layer.unfold(convolution, norm, equalization)
                 layers.remove(layer)
                 break
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from kdcompress import onnx_graph
 from kdcompress.bundle import Bundle, model_metadata, provenance_step, write_bundle
 from kdcompress.data import Split, unit_interval
+from kdcompress.equalization import Equalization
 from kdcompress.errors import VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.export import walk
@@ -21,7 +23,7 @@ from kdcompress.pipeline._source import VERIFIED_IMAGES
 from kdcompress.pipeline.base import RunFolder
 from kdcompress.profiles import Profile, instruction_sets
 from kdcompress.quantize import find_quantizer
-from kdcompress.quantize.int8 import quantize_model
+from kdcompress.quantize.int8 import equalize_model, quantize_model
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
 from kdcompress.types import Images
 
@@ -37,6 +39,8 @@ class Plan:
 
     Args:
         exported: its fp32 ONNX bundle.
+        equalized: the `onnx.ModelProto` of that with its channels equalized.
+        equalization: their factors.
         quantized: the INT8 `onnx.ModelProto` of that, its ranges found on the calibration images.
         calibration: those images.
         profile: the scheme.
@@ -44,6 +48,8 @@ class Plan:
     """
 
     exported: Bundle
+    equalized: Any
+    equalization: Equalization
     quantized: Any
     calibration: Images
     profile: Profile
@@ -61,8 +67,12 @@ def make_plan(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> Plan
     few = calibration[:VERIFIED_IMAGES]
     exported = walk(run.student(), "onnx", out, profile=profile, images=few, replace=True)
     reduce_range = profile.reduces_range(instruction_sets())
-    quantized = quantize_model(exported.model_path, calibration, profile, reduce_range=reduce_range)
-    return Plan(exported, quantized, calibration, profile, reduce_range)
+    equalized, equalization = equalize_model(exported.model_path, calibration, profile)
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "equalized.onnx"
+        file.write_bytes(equalized.SerializeToString())
+        quantized = quantize_model(file, calibration, profile, reduce_range=reduce_range)
+    return Plan(exported, equalized, equalization, quantized, calibration, profile, reduce_range)
 
 
 def write(plan: Plan, student: Student, parts: Parts, folder: RunFolder, scratch: Path) -> Bundle:
@@ -71,9 +81,7 @@ def write(plan: Plan, student: Student, parts: Parts, folder: RunFolder, scratch
     Raises:
         VerificationError: it answers otherwise; both figures are named.
     """
-    import onnx
-
-    model, ranges = learned_model(student, onnx.load(plan.exported.model_path)), learned_ranges(student)
+    model, ranges = learned_model(student, plan.equalized), learned_ranges(student)
     file = scratch / "learned.onnx"
     file.write_bytes(model.SerializeToString(deterministic=True))
     made = quantize_model(file, plan.calibration, plan.profile, reduce_range=plan.reduce_range, ranges=ranges)
@@ -98,6 +106,7 @@ def write(plan: Plan, student: Student, parts: Parts, folder: RunFolder, scratch
         method={"name": parts.recipe.method.name, **parts.recipe.method.options},
         train=parts.recipe.train.model_dump(mode="json", exclude={"device", "checkpoint_minutes"}),
         learned_ranges=len(ranges),
+        equalized_layers=len(plan.equalization.columns),
         agreement={"with": "trained student", "value": round(agreed, 6), "images": len(images)},
     )
     provenance = (*plan.exported.provenance, step)

@@ -172,7 +172,9 @@ def _train(plan: Plan, run: RunFolder, folder: RunFolder, parts: Parts, speak: C
 
     (start,) = parts.students
     exported = onnx.load(plan.exported.model_path)
-    student = prepare_student(start.student, exported, plan.quantized, reduce_range=plan.reduce_range)
+    student = prepare_student(
+        start.student, exported, plan.quantized, reduce_range=plan.reduce_range, equalization=plan.equalization
+    )
     parts = replace(parts, students=(replace(start, student=student),))
     with contextlib.closing(open_answers(parts, speak)) as answers:
         parts = replace(parts, teachers=())

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcompress import onnx_graph
+from kdcompress.equalization import Equalization, equalize, read_tensors
 from kdcompress.errors import VerificationError
 from kdcompress.onnx_graph import ModelProto, NodeProto
 from kdcompress.profiles import Profile
@@ -29,6 +30,7 @@ from kdcompress.quantize._float_layers import guard_float_layers
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
 from kdcompress.quantize._prepare import hold_constants, name_nodes
+from kdcompress.quantize._spread import measure_spreads
 from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
 from kdcompress.runtimes.onnxruntime_runtime import first_line
 
@@ -51,7 +53,8 @@ class FloatModel:
         profile: the runtime that the INT8 graphs are for.
         reduce_range: whether weights get 7 bits.
         ranges: scales and zero points that a training has learned.
-        fold: move the normalisation into the first convolution, where the runtime gains by it (`_fold`).
+        rewrite: the normalisation may move into the first convolution (`_fold`), and channels may be equalized
+            (`equalization`), where that helps; fp32 would answer the same.
 
     Raises:
         VerificationError: this is not a graph that can be quantized.
@@ -65,7 +68,7 @@ class FloatModel:
         *,
         reduce_range: bool,
         ranges: Ranges | None = None,
-        fold: bool = False,
+        rewrite: bool = False,
     ) -> None:
         import onnx
 
@@ -80,8 +83,9 @@ class FloatModel:
             onnx_graph.require_flat(model)
             name_nodes(model)
             hold_constants(model)
-            self.folded = fold and not profile.skip_only and fold_normalisation(model)
+            self.folded = rewrite and not profile.skip_only and fold_normalisation(model)
             self._model = onnx.shape_inference.infer_shapes(model)
+            self.equalization = equalize_channels(self._model, feeds, profile) if rewrite else Equalization()
             opset = onnx_graph.opset_of(model)
         except Exception as error:  # onnx raises what any part of it raises
             raise _refused(path, error) from error
@@ -247,6 +251,20 @@ class FloatModel:
                 what = f"this graph cannot be quantized: the values of {name} are not finite"
                 raise VerificationError(what, where=str(self.path))
         return extremes
+
+
+def equalize_channels(model: ModelProto, feeds: Sequence[NDArray[Any]], profile: Profile) -> Equalization:
+    """Equalizes the channels of a graph, if the profile's weights have a scale for each; answers the factors.
+
+    Args:
+        model: an fp32 graph with inferred shapes; its weights are changed.
+        feeds: batches of calibration images.
+        profile: the scheme.
+    """
+    if not profile.per_channel:
+        return Equalization()
+    spreads = measure_spreads(model, read_tensors(model), feeds)
+    return equalize(model, spreads, unsigned=profile.activation_type == "uint8")
 
 
 def kept_float(model: ModelProto, profile: Profile) -> list[str]:

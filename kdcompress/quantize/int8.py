@@ -21,12 +21,13 @@ from kdcompress.bundle import (
     provenance_step,
     write_bundle,
 )
+from kdcompress.equalization import Equalization
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.onnx_graph import ModelProto
 from kdcompress.profiles import Profile, instruction_sets
 from kdcompress.quantize._answers import batches, images_digest, predict, quiet
-from kdcompress.quantize._ptq import FloatModel
+from kdcompress.quantize._ptq import FloatModel, equalize_channels
 from kdcompress.quantize.base import OtherImages, Ranges, Scheme
 from kdcompress.types import Images, Logits
 
@@ -70,7 +71,7 @@ class Int8Source:
                 profile,
                 reduce_range=self._reduce_range,
                 ranges=ranges,
-                fold=not ranges,  # a graph with learned ranges stays as it was trained
+                rewrite=not ranges,  # a graph with learned ranges stays as it was trained
             )
 
     def layers(self) -> dict[str, str]:
@@ -144,6 +145,7 @@ class Int8Source:
             layout=scheme.layout,
             kept_fp32=[names.get(name, name) for name in scheme.keep],
             normalisation_folded=self._model.folded,
+            equalized_layers=len(self._model.equalization.columns),
             calibration={
                 "method": scheme.calibration,
                 "images": len(self._calibration),
@@ -208,6 +210,25 @@ class _Int8:
 
 
 QUANTIZER = _Int8()
+
+
+def equalize_model(path: Path, calibration: Images, profile: Profile) -> tuple[ModelProto, Equalization]:
+    """An exported file with its channels equalized, as an `Int8Source` equalizes them.
+
+    Args:
+        path: an fp32 ONNX file that takes images as they are in a `PLAIN` interface.
+        calibration: real images in [0, 1], at the network's size.
+        profile: the scheme that it will be quantized with.
+
+    Returns:
+        The model, an `onnx.ModelProto` whose answers are the same, and the factors.
+    """
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    found = equalize_channels(model, list(batches(calibration)), profile)
+    model.graph.ClearField("value_info")
+    return model, found
 
 
 def quantize_model(

@@ -11,7 +11,7 @@ import kdcompress
 FLOORS = (
     {"errors"},
     {"files", "types", "resizing", "cuda_driver", "tensorrt_layers", "ranks", "onnx_graph"},
-    {"recipe", "pictures", "global_batch", "tensorrt_engine"},
+    {"recipe", "pictures", "global_batch", "tensorrt_engine", "channel_groups"},
     {
         "losses",
         "taps",
@@ -23,6 +23,7 @@ FLOORS = (
         "discovery",
         "onnx_file",
         "onnx_operators",
+        "equalization",
         "comparison",
         "crossfit",
         "memory",

@@ -1,0 +1,165 @@
+"""Which tensors of a graph may have their channels rescaled together without a change of its answers.
+
+A positive factor for a channel passes through ReLU, pooling and a sum whose terms have the same factors. The layers
+that write the channel take it up in their weights and biases, those that read it take it back (Nagel et al. 2019,
+https://arxiv.org/abs/1906.04721, §4.1, there for pairs of layers). What an operator of another kind touches stays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from kdcompress.onnx_graph import ModelProto, NodeProto
+
+_PASSED_ON = (
+    *("Relu", "LeakyRelu", "Identity", "Dropout"),
+    *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
+)
+"""f(k · x) = k · f(x) for k > 0, channel by channel."""
+_GATES = ("Sigmoid", "HardSigmoid")
+_GEMM = {"alpha": 1, "beta": 1, "transA": 0, "transB": 1}
+"""Of a Gemm whose weight has a row for each output."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a group.
+
+    Args:
+        node: its name.
+        tensor: what it reads.
+        weight: the name of its weight.
+    """
+
+    node: str
+    tensor: str
+    weight: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can be rescaled.
+
+    Args:
+        channels: how many.
+        tensors: those that hold them.
+        writers: weight and bias of each layer that makes such a tensor; the output channel is axis 0 of both.
+        readers: the layers that compute with such a tensor; the input channel is axis 1 of their weight.
+    """
+
+    channels: int
+    tensors: tuple[str, ...]
+    writers: tuple[tuple[str, ...], ...]
+    readers: tuple[Reader, ...]
+
+
+def channel_groups(model: ModelProto) -> tuple[Group, ...]:
+    """The groups of a graph that layers both write and read, in the order of the graph.
+
+    Args:
+        model: an fp32 graph with inferred shapes, its nodes in order.
+    """
+    graph = model.graph
+    weights = {item.name: tuple(item.dims) for item in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    shapes = _shapes(graph)
+    joined = _Joined()
+    for value in (*graph.input, *graph.output):
+        joined.pin(value.name)
+    writers: list[tuple[str, tuple[str, ...]]] = []
+    readers: list[Reader] = []
+    for node in graph.node:
+        tensors = [name for name in node.input if name and name not in weights]
+        if _is_layer(node, weights, uses):
+            writers.append((node.output[0], tuple(node.input[1:])))
+            readers.append(Reader(node.name, node.input[0], node.input[1]))
+        elif _passes_on(node, shapes):
+            joined.join(node.input[0], node.output[0])
+        elif (
+            node.op_type == "Add" and len({shapes.get(name, (name,))[1:] for name in (*node.input, *node.output)}) == 1
+        ):
+            joined.join(*node.input, *node.output)
+        elif node.op_type == "Mul" and len(gated := [name for name in tensors if made_by.get(name) not in _GATES]) == 1:
+            joined.join(*gated, node.output[0])
+        else:
+            for name in (*tensors, *node.output):
+                joined.pin(name)
+    return tuple(
+        Group(shapes[tensors[0]][1], tensors, written, read)
+        for tensors in joined.groups()
+        if (written := tuple(names for tensor, names in writers if tensor in tensors))
+        and (read := tuple(reader for reader in readers if reader.tensor in tensors))
+        and all(len(shapes.get(tensor, ())) > 1 for tensor in tensors)
+        and len({shapes[tensor][1] for tensor in tensors}) == 1
+        and shapes[tensors[0]][1] > 0
+    )
+
+
+class _Joined:
+    """Sets of tensors that share their factors; those that must have none are pinned."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+        self._pinned: set[str] = set()
+
+    def root(self, name: str) -> str:
+        while self._parent.setdefault(name, name) != name:
+            name = self._parent[name]
+        return name
+
+    def join(self, *names: str) -> None:
+        first, *others = (self.root(name) for name in names)
+        for other in others:
+            self._parent[other] = first
+
+    def pin(self, name: str) -> None:
+        self._pinned.add(name)
+
+    def groups(self) -> list[tuple[str, ...]]:
+        found: dict[str, list[str]] = {}
+        for name in self._parent:
+            found.setdefault(self.root(name), []).append(name)
+        pinned = {self.root(name) for name in self._pinned}
+        return [tuple(names) for root, names in found.items() if root not in pinned]
+
+
+def _shapes(graph: Any) -> dict[str, tuple[Any, ...]]:
+    """Tensor → its sizes; one that is not a number under its name."""
+    return {
+        value.name: tuple(dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim)
+        for value in (*graph.value_info, *graph.input, *graph.output)
+    }
+
+
+def _not_gates(tensors: list[str], made_by: dict[str, str]) -> list[str]:
+    return [name for name in tensors if made_by.get(name) not in _GATES]
+
+
+def _is_layer(node: NodeProto, weights: dict[str, tuple[int, ...]], uses: Counter[str]) -> bool:
+    """Whether this is a convolution, or a Gemm with a row for each output, whose constants nothing else reads."""
+    names = node.input[1:]
+    if (
+        node.op_type not in ("Conv", "Gemm")
+        or not names
+        or any(name not in weights or uses[name] > 1 for name in names)
+    ):
+        return False
+    given = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type == "Gemm":
+        usual = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+        known = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | {
+            name: entry.f if name in ("alpha", "beta") else entry.i for name, entry in given.items()
+        }
+        if known != usual:
+            return False
+    return all(weights[name] == weights[names[0]][:1] for name in names[1:])
+
+
+def _passes_on(node: NodeProto, shapes: dict[str, tuple[Any, ...]]) -> bool:
+    if node.op_type in ("Flatten", "Reshape", "Squeeze"):
+        before, after = shapes.get(node.input[0], ()), shapes.get(node.output[0], ())
+        return len(before) == 4 and before[2:] == (1, 1) and len(after) == 2 and before[1] == after[1]
+    return node.op_type in _PASSED_ON
