@@ -74,6 +74,7 @@ def channel_groups(model: ModelProto) -> tuple[Group, ...]:
     for node in graph.node:
         tensors = [name for name in node.input if name and name not in weights]
         if _is_layer(node, weights, uses):
+            joined.join(node.output[0])
             writers.append((node.output[0], tuple(node.input[1:])))
             readers.append(Reader(node.name, node.input[0], node.input[1]))
         elif _passes_on(node, shapes):

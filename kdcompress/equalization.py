@@ -159,7 +159,7 @@ def rounding_noise(product: Product, factors: Factors, steps: int) -> float:
     """Mean square of what rounding adds to a layer's outputs, relative to what they are.
 
     Roundings are taken as independent and even over a step, with variance step² / 12; a channel's values as independent
-    of those of others.
+    of those of others. The zeros that a ReLU leaves are counted as rounded, though they are exact.
 
     Args:
         product: the layer.

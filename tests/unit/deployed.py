@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -43,6 +45,25 @@ def trained_student() -> Student:
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(student(images[ids]).logits, labels[ids]).backward()
             optimizer.step()
+    return student.eval()
+
+
+@torch.no_grad()
+def badly_scaled() -> Student:
+    """The same function, but the channels between two convolutions have scales that lie far apart.
+
+    As in trained MobileNets (Nagel et al. 2019, https://arxiv.org/abs/1906.04721, fig. 2): one scale for the tensor
+    leaves few steps to most of its channels.
+    """
+    student = copy.deepcopy(trained_student())
+    generator = torch.Generator().manual_seed(1)
+    for block in student.network.modules():
+        if all(hasattr(block, name) for name in ("conv1", "bn1", "conv2")):
+            parts: Any = block
+            scales = (1.5 * torch.randn(parts.bn1.num_features, generator=generator)).exp()
+            parts.bn1.weight *= scales
+            parts.bn1.bias *= scales
+            parts.conv2.weight /= scales[:, None, None]
     return student.eval()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -17,30 +15,11 @@ from kdcompress.networks import Student
 from kdcompress.profiles import get_profile
 from kdcompress.quantize.int8 import quantize_model
 from kdcompress.runtimes.onnxruntime_runtime import open_session
-from tests.unit.deployed import digits, trained_student
+from tests.unit.deployed import badly_scaled, digits
 
 PROFILE = get_profile("trt10.3")
 TRAINED = slice(0, 1200)
 TESTED = slice(1200, None)
-
-
-@torch.no_grad()
-def badly_scaled() -> Student:
-    """The same function, but the channels between two convolutions have scales that lie far apart.
-
-    As in trained MobileNets (Nagel et al. 2019, https://arxiv.org/abs/1906.04721, fig. 2): one scale for the tensor
-    leaves few steps to most of its channels.
-    """
-    student = copy.deepcopy(trained_student())
-    generator = torch.Generator().manual_seed(1)
-    for block in student.network.modules():
-        if all(hasattr(block, name) for name in ("conv1", "bn1", "conv2")):
-            parts: Any = block
-            scales = (1.5 * torch.randn(parts.bn1.num_features, generator=generator)).exp()
-            parts.bn1.weight *= scales
-            parts.bn1.bias *= scales
-            parts.conv2.weight /= scales[:, None, None]
-    return student.eval()
 
 
 def train(student: Student, teacher: Student, *, rate: float, epochs: int) -> None:
