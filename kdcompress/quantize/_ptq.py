@@ -30,6 +30,7 @@ from kdcompress.quantize._float_layers import guard_float_layers
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
 from kdcompress.quantize._prepare import hold_constants, name_nodes
+from kdcompress.quantize._saturation import cut_saturated
 from kdcompress.quantize._spread import measure_spreads
 from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
 from kdcompress.runtimes.onnxruntime_runtime import first_line
@@ -250,7 +251,7 @@ class FloatModel:
             if not np.isfinite([low, high]).all():
                 what = f"this graph cannot be quantized: the values of {name} are not finite"
                 raise VerificationError(what, where=str(self.path))
-        return extremes
+        return cut_saturated(self._model, extremes)
 
 
 def equalize_channels(model: ModelProto, feeds: Sequence[NDArray[Any]], profile: Profile) -> Equalization:
