@@ -15,12 +15,13 @@ from kdcompress.data.base import (
     unit_interval,
     view_number,
 )
-from kdcompress.data.contamination import seen_fraction, seen_images, training_digests
+from kdcompress.data.contamination import STRAY, counts_as_seen, seen_images, training_digests
 from kdcompress.data.loader import TrainLoader, eval_batches, label_targets
 from kdcompress.data.splits import Splits, load_splits
 from kdcompress.data.views import CropFlip, Mixup, NoViews, RandomResizedCrop, build_views
 
 __all__ = [
+    "STRAY",
     "ConcatSet",
     "CropFlip",
     "ImageSet",
@@ -34,6 +35,7 @@ __all__ = [
     "Views",
     "build_views",
     "content_digest",
+    "counts_as_seen",
     "cycle_views",
     "eval_batches",
     "keyed_hash",
@@ -42,7 +44,6 @@ __all__ = [
     "mix",
     "nth_view",
     "pick_views",
-    "seen_fraction",
     "seen_images",
     "training_digests",
     "unit_interval",

@@ -55,7 +55,7 @@ def describe_teacher(one: OpenedTeacher, exam: Exam) -> dict[str, Any]:
         "normalisation": one.origin,
         "val": asdict(exam.val),
         "holdout": asdict(exam.holdout) if exam.holdout else None,
-        "saw_val": exam.saw_val,
+        "saw_val": None if exam.seen_val is None else int(exam.seen_val.sum()) / len(exam.seen_val),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdcompress.bundle import Bundle
-from kdcompress.data import Split, Splits, eval_batches, seen_fraction, unit_interval
+from kdcompress.data import Split, Splits, counts_as_seen, eval_batches, seen_images, unit_interval
 from kdcompress.errors import DataError, InputError
 from kdcompress.evaluate import predict_all
 from kdcompress.gate import (
@@ -87,9 +87,9 @@ def halves(split: Split) -> tuple[Split, Split]:
 
 
 def student_saw(bundle: Bundle, val: Split) -> bool | None:
-    """Whether a bundle's network was trained on images of val, by the digests that it carries; None without them."""
+    """Whether a bundle's network was trained on val, by the digests that it carries; None without them."""
     digests = bundle.training_digests()
-    return None if digests is None else seen_fraction(digests, val) > 0
+    return None if digests is None else counts_as_seen(seen_images(digests, val))
 
 
 def load_images(split: Split, limit: int = _SHOWN_IMAGES) -> Images:

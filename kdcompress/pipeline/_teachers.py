@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
+from jaxtyping import Bool
 from torch import Tensor
 
 from kdcompress.bundle import Preprocess, Resize
-from kdcompress.data import Split, Splits, eval_batches, seen_fraction, unit_interval
+from kdcompress.data import STRAY, Split, Splits, counts_as_seen, eval_batches, seen_images, unit_interval
 from kdcompress.errors import CheckpointError, ShapeError
 from kdcompress.evaluate import Accuracy, accuracy_of, predict_all
 from kdcompress.networks import Teacher, TeacherEnsemble
@@ -45,13 +47,13 @@ class Exam:
     Args:
         val: on images of val, `EXAMINED_IMAGES` at most.
         holdout: on the held-out images, where there are any.
-        saw_val: the fraction of val that it was trained on; None where its file does not say.
+        seen_val: which images of val it was trained on; None where its file does not say.
         heldout_answers: its logits for those held-out images, and their labels.
     """
 
     val: Accuracy
     holdout: Accuracy | None
-    saw_val: float | None
+    seen_val: Bool[Tensor, "val"] | None
     heldout_answers: tuple[Tensor, Tensor] | None = None
 
 
@@ -224,7 +226,7 @@ def examine(teacher: Teacher, splits: Splits, num_heldout: int = EXAMINED_IMAGES
     return Exam(
         val=accuracy_of(*ask(splits.val, EXAMINED_IMAGES)),
         holdout=accuracy_of(*answers) if answers else None,
-        saw_val=seen_fraction(digests, splits.val) if digests is not None else None,
+        seen_val=seen_images(digests, splits.val) if digests is not None else None,
         heldout_answers=answers,
     )
 
@@ -235,16 +237,21 @@ def at_chance(accuracy: Accuracy, num_classes: int) -> bool:
 
 
 def saw_val(exams: Sequence[Exam]) -> tuple[bool | None, str]:
-    """Whether any teacher was trained on images of val, and how that is known; None where nothing can tell.
+    """Whether the teachers were trained on images of val, and how that is known; None where nothing can tell.
 
-    A file's own digests decide. A teacher whose file has none was trained on val if it is right there more often than
-    on the held-out images, by a two-sample test of proportions at `SAME`.
+    A file's own digests decide, for all teachers together as of the held-out images (`counts_as_seen`). A teacher whose
+    file has none was trained on val if it is right there more often than on the held-out images, by a two-sample test
+    of proportions at `SAME`.
     """
-    if any(exam.saw_val is not None and exam.saw_val > 0 for exam in exams):
-        return True, "by the digests in the teachers' files"
-    silent = [exam for exam in exams if exam.saw_val is None]
-    if not silent:
-        return False, "by the digests in the teachers' files"
+    masks = [exam.seen_val for exam in exams if exam.seen_val is not None]
+    silent = [exam for exam in exams if exam.seen_val is None]
+    if masks:
+        seen_by_any = torch.stack(masks).any(0)
+        counted = f"{int(seen_by_any.sum()):,} of {len(seen_by_any):,} images, by the digests in the teachers' files"
+        if counts_as_seen(seen_by_any):
+            return True, counted
+        if not silent:
+            return False, counted + (f"; up to {100 * STRAY:g} % may be copies" if seen_by_any.any() else "")
     if any(exam.holdout is None for exam in silent):
         return None, "the teachers' files do not say, and there is no --holdout to measure it on"
     seen = any(exam.holdout is not None and better_beyond_chance(exam.val, exam.holdout) for exam in silent)

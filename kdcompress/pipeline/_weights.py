@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from kdcompress.data import Split, Splits, eval_batches, seen_fraction, seen_images
+from kdcompress.data import Split, Splits, counts_as_seen, eval_batches, seen_images
 from kdcompress.errors import InputError
 from kdcompress.evaluate import predict_all
 from kdcompress.headroom import Headroom, measure_headroom
 from kdcompress.pipeline._teachers import EXAMINED_IMAGES, SAME, Exam, OpenedTeacher
 from kdcompress.types import UNLABELLED, Needs, WeightSource
 
-STRAY = 0.01
-"""Up to this part of the held-out images may have been seen by a teacher: they are left out. Data sets hold copies."""
 UNKNOWN = (
     "what weights are worth cannot be known without images that no teacher was trained on: for like teachers nothing, "
     "for specialists or with a broken one a lot"
@@ -66,7 +64,7 @@ def sift_holdout(splits: Splits, teachers: Sequence[OpenedTeacher]) -> HeldOutIm
         if bool(mask.any())
     )
     said = f"{count:,} of {len(holdout):,} held-out images are among those that {names} learned from"
-    if count > STRAY * len(holdout):
+    if counts_as_seen(seen):
         return HeldOutImages(splits, said)
     kept = Split(holdout.images, holdout.ids[~seen])
     return HeldOutImages(replace(splits, holdout=kept), notes=(f"{said}; they are left out",))
@@ -85,7 +83,7 @@ def known_by_heart(teachers: Sequence[OpenedTeacher], exams: Sequence[Exam], tra
     """
     known = []
     for one, exam in zip(teachers, exams, strict=True):
-        if exam.saw_val is None and exam.holdout is not None and exam.holdout.top1 >= BY_HEART:
+        if exam.seen_val is None and exam.holdout is not None and exam.holdout.top1 >= BY_HEART:
             assert exam.heldout_answers is not None
             sample = eval_batches(_labelled(train).take(EXAMINED_IMAGES), one.teacher.num_classes)
             answers = predict_all(one.teacher.predict, sample)
@@ -147,7 +145,7 @@ def judge_weights(
 def trained_on_train(teachers: Sequence[OpenedTeacher], splits: Splits) -> bool:
     """Whether any teacher was trained on more than a stray few of the training images; assumed of silent files."""
     digests = [one.checkpoint.training_digests for one in teachers]
-    return any(known is None or seen_fraction(known, splits.train) > STRAY for known in digests)
+    return any(known is None or counts_as_seen(seen_images(known, splits.train)) for known in digests)
 
 
 def measure(held: HeldOutImages, exams: Sequence[Exam]) -> Headroom | None:

@@ -57,8 +57,8 @@ class RunFacts:
     Args:
         teachers: for each teacher its name, architecture, digest of its weights, licence, and what it answered on val
             and holdout (accuracy, nll).
-        teachers_saw_val: whether any teacher was trained on images of val; None where nothing could tell.
-        teachers_saw_val_because: how that is known: "digests", "measured on holdout", or what is missing.
+        teachers_saw_val: whether the teachers were trained on images of val; None where nothing could tell.
+        teachers_saw_val_because: how that is known, in words, or what is missing.
         student_saw_val: whether the student starts from weights that saw val; None where nothing could tell.
         init: how the student started, why, and what was copied.
         data_digest: digest of all splits.

@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from kdcompress.data.base import MemorySet, Split
-from kdcompress.data.contamination import seen_fraction, training_digests
+from kdcompress.data.contamination import counts_as_seen, seen_images, training_digests
 
 
 def test_the_seen_part_is_counted_by_content() -> None:
@@ -10,11 +11,18 @@ def test_the_seen_part_is_counted_by_content() -> None:
     pool = MemorySet(images, labels, ("a", "b"))
     trained = training_digests(Split(pool, torch.arange(20)))
     copies = MemorySet(images.flip(0), labels, ("a", "b"))  # other numbers, the same pictures
-    assert seen_fraction(trained, Split(copies, torch.arange(40))) == 0.5
-    assert seen_fraction(trained, Split(pool, torch.arange(15, 35))) == 0.25
-    assert seen_fraction(trained, Split(pool, torch.arange(20, 40))) == 0.0
-    assert seen_fraction(trained, Split(pool, torch.arange(0))) == 0.0
-    assert seen_fraction(trained[:0], Split(pool, torch.arange(40))) == 0.0
+    assert seen_images(trained, Split(copies, torch.arange(40))).tolist() == [False] * 20 + [True] * 20
+    assert seen_images(trained, Split(pool, torch.arange(15, 35))).tolist() == [True] * 5 + [False] * 15
+    assert not seen_images(trained, Split(pool, torch.arange(20, 40))).any()
+    assert not len(seen_images(trained, Split(pool, torch.arange(0))))
+    assert not seen_images(trained[:0], Split(pool, torch.arange(40))).any()
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "seen"), [(0, 0, False), (1, 99, True), (1, 100, False), (50, 5000, False), (51, 5000, True)]
+)
+def test_one_image_in_a_hundred_may_be_a_copy(count: int, total: int, seen: bool) -> None:
+    assert counts_as_seen(torch.arange(total) < count) is seen
 
 
 def test_training_digests_are_sorted_and_unique() -> None:

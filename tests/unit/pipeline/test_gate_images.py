@@ -71,14 +71,20 @@ def test_val_does_not_judge_a_student_that_saw_it() -> None:
 
 
 def test_the_digests_of_a_bundle_tell_what_it_saw(tmp_path: Path) -> None:
-    val = labelled(60, 1)
+    val = labelled(200, 1)  # 180 of them
     bundle = student_bundle(tmp_path / "plain")
     assert student_saw(bundle, val) is None
     from kdcompress.networks import save_student
     from tests.unit.deployed import CLASSES as DIGITS
     from tests.unit.deployed import trained_student
 
-    for name, seen, expected in (("val", val, True), ("other", labelled(60, 9), False)):
+    copy, two = Split(val.images, val.ids[:1]), Split(val.images, val.ids[:2])
+    for name, seen, expected in (
+        ("val", val, True),
+        ("other", labelled(60, 9), False),
+        ("copy", copy, False),
+        ("two", two, True),
+    ):
         made = save_student(trained_student(), tmp_path / name, classes=DIGITS, training_digests=training_digests(seen))
         assert student_saw(made, val) is expected
 

@@ -6,10 +6,49 @@ import torch
 from kdcompress.bundle import Preprocess
 from kdcompress.data import load_splits
 from kdcompress.errors import ShapeError
+from kdcompress.evaluate import Accuracy, wilson_interval
 from kdcompress.models import build_network
-from kdcompress.pipeline._teachers import image_size, open_teacher, read_checkpoints, require_fitting, resolved
+from kdcompress.pipeline._teachers import (
+    Exam,
+    image_size,
+    open_teacher,
+    read_checkpoints,
+    require_fitting,
+    resolved,
+    saw_val,
+)
 from kdcompress.recipe import TeacherSection
 from kdcompress.teachers import save_checkpoint
+
+BY_DIGESTS = "images, by the digests in the teachers' files"
+
+
+def exam(*seen: int, val: float = 0.9, holdout: float | None = None) -> Exam:
+    """Of a teacher that was trained on these of 1,000 images of val; its file is silent where none is named."""
+    mask = torch.zeros(1000, dtype=torch.bool)
+    mask[list(seen)] = True
+    return Exam(accuracy(val), None if holdout is None else accuracy(holdout), mask if seen else None)
+
+
+def accuracy(top1: float) -> Accuracy:
+    right = round(top1 * 1000)
+    return Accuracy(right / 1000, 1.0, wilson_interval(right, 1000), 1000, top1, top1, 0, 0.1)
+
+
+def test_a_stray_few_images_of_val_are_copies_and_more_were_trained_on() -> None:
+    """The rule of the held-out images: one in a hundred, whichever of the teachers has seen it."""
+    assert saw_val([exam(1), exam(1, 2)]) == (False, f"2 of 1,000 {BY_DIGESTS}; up to 1 % may be copies")
+    few = exam(*range(5))
+    assert saw_val([few, exam(*range(5, 10))]) == (False, f"10 of 1,000 {BY_DIGESTS}; up to 1 % may be copies")
+    assert saw_val([few, exam(*range(5, 11))]) == (True, f"11 of 1,000 {BY_DIGESTS}")
+
+
+def test_silent_files_are_asked_by_their_accuracy_where_the_others_saw_only_copies() -> None:
+    told = "by the teachers' accuracy on val against --holdout"
+    assert saw_val([exam(1), exam(val=0.99, holdout=0.9)]) == (True, told)
+    assert saw_val([exam(1), exam(val=0.9, holdout=0.9)]) == (False, told)
+    assert saw_val([exam(1), exam()])[0] is None
+    assert saw_val([exam(*range(11)), exam()]) == (True, f"11 of 1,000 {BY_DIGESTS}")
 
 
 def checkpoint_of(path: Path, arch: str, **arguments: int) -> TeacherSection:

@@ -147,7 +147,7 @@ def test_who_knows_the_holdout_by_heart(
     silent.teacher.predict = Knowing(TRAIN, sure, new, right).answer  # type: ignore[method-assign]
     answers = predict_all(silent.teacher.predict, eval_batches(judged, 3))
     exam = Exam(accuracy(1.0), accuracy_of(*answers), None, answers)
-    said = known_by_heart([silent, told], [exam, replace(exam, saw_val=0.0)], train)
+    said = known_by_heart([silent, told], [exam, replace(exam, seen_val=torch.zeros(30, dtype=torch.bool))], train)
     assert ("teacher 1 (resnet8)" in said) is known
     assert "teacher 2" not in said, "its digests say what it saw"
     assert known_by_heart([silent], [Exam(accuracy(1.0), None, None)], train) == ""
@@ -216,7 +216,7 @@ def test_weights_are_measured_where_the_holdout_is_good(tmp_path: Path) -> None:
     teachers = [opened(tmp_path, 1, TRAIN), opened(tmp_path, 2, TRAIN)]
     rng = torch.Generator().manual_seed(0)
     answers = [(torch.randn(90, 3, generator=rng), torch.arange(90) % 3) for _ in teachers]
-    exams = [Exam(accuracy(1.0), accuracy(0.4), 0.0, one) for one in answers]
+    exams = [Exam(accuracy(1.0), accuracy(0.4), torch.zeros(30, dtype=torch.bool), one) for one in answers]
     held = HeldOutImages(splits_of(FRESH))
     found = measure(held, exams)
     assert found is not None
@@ -224,4 +224,4 @@ def test_weights_are_measured_where_the_holdout_is_good(tmp_path: Path) -> None:
     assert found.rows[0].nll == pytest.approx(float(expected), rel=1e-6)
     assert measure(replace(held, why_not="seen"), exams) is None
     assert measure(held, exams[:1]) is None
-    assert measure(held, [Exam(accuracy(1.0), None, 0.0)] * 2) is None
+    assert measure(held, [Exam(accuracy(1.0), None, torch.zeros(30, dtype=torch.bool))] * 2) is None
