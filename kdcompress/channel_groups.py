@@ -19,8 +19,6 @@ _PASSED_ON = (
 )
 """f(k · x) = k · f(x) for k > 0, channel by channel."""
 _GATES = ("Sigmoid", "HardSigmoid")
-_GEMM = {"alpha": 1, "beta": 1, "transA": 0, "transB": 1}
-"""Of a Gemm whose weight has a row for each output."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +59,24 @@ def channel_groups(model: ModelProto) -> tuple[Group, ...]:
     Args:
         model: an fp32 graph with inferred shapes, its nodes in order.
     """
+    from onnx import TensorProto
+
     graph = model.graph
-    weights = {item.name: tuple(item.dims) for item in graph.initializer}
-    uses = Counter(name for node in graph.node for name in node.input)
+    weights = {item.name: tuple(item.dims) for item in graph.initializer if item.data_type == TensorProto.FLOAT}
+    uses = Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
     made_by = {name: node.op_type for node in graph.node for name in node.output}
     shapes = _shapes(graph)
     joined = _Joined()
-    for value in (*graph.input, *graph.output):
+    for value in (*graph.input, *graph.output, *graph.initializer):
         joined.pin(value.name)
     writers: list[tuple[str, tuple[str, ...]]] = []
     readers: list[Reader] = []
     for node in graph.node:
         tensors = [name for name in node.input if name and name not in weights]
-        if _is_layer(node, weights, uses):
+        gated = [name for name in tensors if made_by.get(name) not in _GATES]
+        if node.domain not in ("", "ai.onnx"):
+            joined.pin(*tensors, *node.output)
+        elif _is_layer(node, weights, uses):
             joined.join(node.output[0])
             writers.append((node.output[0], tuple(node.input[1:])))
             readers.append(Reader(node.name, node.input[0], node.input[1]))
@@ -83,11 +86,14 @@ def channel_groups(model: ModelProto) -> tuple[Group, ...]:
             node.op_type == "Add" and len({shapes.get(name, (name,))[1:] for name in (*node.input, *node.output)}) == 1
         ):
             joined.join(*node.input, *node.output)
-        elif node.op_type == "Mul" and len(gated := [name for name in tensors if made_by.get(name) not in _GATES]) == 1:
+        elif (
+            node.op_type == "Mul"
+            and len(gated) == 1
+            and len({len(shapes.get(name, ())) for name in (*gated, *node.output)}) == 1
+        ):
             joined.join(*gated, node.output[0])
         else:
-            for name in (*tensors, *node.output):
-                joined.pin(name)
+            joined.pin(*tensors, *node.output)
     return tuple(
         Group(shapes[tensors[0]][1], tensors, written, read)
         for tensors in joined.groups()
@@ -116,8 +122,8 @@ class _Joined:
         for other in others:
             self._parent[other] = first
 
-    def pin(self, name: str) -> None:
-        self._pinned.add(name)
+    def pin(self, *names: str) -> None:
+        self._pinned.update(names)
 
     def groups(self) -> list[tuple[str, ...]]:
         found: dict[str, list[str]] = {}
@@ -133,10 +139,6 @@ def _shapes(graph: Any) -> dict[str, tuple[Any, ...]]:
         value.name: tuple(dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim)
         for value in (*graph.value_info, *graph.input, *graph.output)
     }
-
-
-def _not_gates(tensors: list[str], made_by: dict[str, str]) -> list[str]:
-    return [name for name in tensors if made_by.get(name) not in _GATES]
 
 
 def _is_layer(node: NodeProto, weights: dict[str, tuple[int, ...]], uses: Counter[str]) -> bool:

@@ -15,11 +15,10 @@ from kdcompress.export.onnx import write_onnx
 from kdcompress.models import build_network
 
 
-def graph(body: str, weights: dict[str, tuple[int, ...]], ends: str = "images -> logits", size: int = 6) -> Any:
-    """A model of this body; `images` is [2, 4, size, size], random weights of these shapes."""
-    first, last = ends.split(" -> ")
-    shape = f"[2, 4, {size}, {size}]"
-    text = f'<ir_version: 8, opset_import: ["": 17]> g (float{shape} {first}) => (float {last}) {{ {body} }}'
+def graph(body: str, weights: dict[str, tuple[int, ...]], size: int = 6, batch: int = 2) -> Any:
+    """A model of this body; `images` is [batch, 4, size, size], random weights of these shapes."""
+    shape = f"[{batch}, 4, {size}, {size}]"
+    text = f'<ir_version: 8, opset_import: ["": 17]> g (float{shape} images) => (float logits) {{ {body} }}'
     model = parser.parse_model(text)
     random = np.random.default_rng(0)
     for name, dims in weights.items():
@@ -106,6 +105,75 @@ def test_a_sum_ties_its_terms_and_a_gate_passes_factors_on() -> None:
 def test_a_gemm_whose_rows_are_inputs_is_left_alone() -> None:
     body = "x = Conv(images, w, b) y = GlobalAveragePool(x) t = Flatten<axis = 1>(y) logits = Gemm(t, k)"
     assert channel_groups(graph(body, {"w": (8, 4, 1, 1), "b": (8,), "k": (8, 8)})) == ()
+
+
+def rescaled(model: onnx.ModelProto, images: Any) -> None:
+    """The answers stay the same to the bit, every output of the graph and every optimisation of the runtime."""
+    model = onnx.shape_inference.infer_shapes(model)
+    changed = with_factors(model, channel_groups(model), 2)
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        before, after = (
+            onnxruntime.InferenceSession(each.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+                None, {"images": images}
+            )
+            for each in (model, changed)
+        )
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_array_equal(other, one)
+
+
+IMAGES = np.random.default_rng(3).normal(size=(2, 4, 6, 6)).astype(np.float32)
+SUM = "x = Conv(images, w, b) y = Relu(x) z = Add(y, k) logits = Conv(z, v, c)"
+
+
+def test_a_constant_that_the_graph_calls_a_value_is_no_term_of_a_sum() -> None:
+    """Exporters that write constants as nodes, and their shapes beside them, leave such graphs."""
+    model = graph(SUM, PAIR | {"k": (1, 8, 4, 4)})
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("k", onnx.TensorProto.FLOAT, [1, 8, 4, 4]))
+    rescaled(model, IMAGES)
+
+
+def test_a_weight_that_is_an_answer_stays() -> None:
+    model = graph("x = Conv(images, w, b) y = Relu(x) logits = Conv(y, v, c)", PAIR)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("v", onnx.TensorProto.FLOAT, [4, 8, 1, 1]))
+    rescaled(model, IMAGES)
+
+
+def test_a_product_that_moves_the_channels_to_another_axis_is_none() -> None:
+    """[8, 8] times [8, 8, 4, 4] is multiplied along rows and columns of the picture."""
+    body = """
+        x = Conv(images, w, b)
+        p = GlobalAveragePool(x)
+        f = Flatten<axis = 1>(p)
+        h = Gemm<transB = 1>(f, k)
+        g = Sigmoid(x)
+        m = Mul(h, g)
+        logits = Conv(m, v, c)
+    """
+    model = graph(body, PAIR | {"w": (8, 4, 1, 1), "v": (4, 8, 1, 1), "k": (8, 8)}, size=8, batch=8)
+    rescaled(model, np.random.default_rng(3).normal(size=(8, 4, 8, 8)).astype(np.float32))
+
+
+def test_an_operator_of_another_domain_is_not_known_by_its_name() -> None:
+    model = graph("x = Conv(images, w, b) y = Relu(x) logits = Conv(y, v, c)", PAIR)
+    steps = [onnx.helper.make_node("Abs", ["a"], ["r"]), onnx.helper.make_node("Sqrt", ["r"], ["s"])]
+    model.functions.append(
+        onnx.helper.make_function("mine", "Relu", ["a"], ["s"], steps, [onnx.helper.make_opsetid("", 17)])
+    )
+    model.opset_import.append(onnx.helper.make_opsetid("mine", 1))
+    model.graph.node[1].domain = "mine"
+    rescaled(model, IMAGES)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_layers_of_another_precision_stay(kind: Any) -> None:
+    """fp16 has no room for the factors."""
+    model = graph("h = Relu(images) x = Conv(h, w, b) y = Relu(x) r = Conv(y, v, c) logits = Relu(r)", PAIR)
+    for item in model.graph.initializer:
+        item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(kind), item.name))
+    assert channel_groups(model) == ()
 
 
 class Grouped(nn.Module):
