@@ -14,10 +14,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from rich.console import Console
 from kdcompress import ranks
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.data import Splits, load_splits
-from kdcompress.errors import InputError, ShapeError
+from kdcompress.errors import InputError, InterruptedRunError, ShapeError
 from kdcompress.files import atomic_write, output_error, require_empty
 from kdcompress.recipe import DataSection, Recipe, build_recipe, read_recipe
 
@@ -48,6 +50,26 @@ def console() -> Console:
     if not speak.is_terminal:
         speak.width = PLAIN_WIDTH
     return speak
+
+
+@contextlib.contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Inside the block Ctrl-C ends in an error that says how to go on, also where no training is under way.
+
+    Args:
+        folder: what can be resumed; all that is finished in it is kept.
+
+    Raises:
+        InterruptedRunError: SIGINT came.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "stopped by SIGINT; what is finished is kept",
+            where=str(folder),
+            fix="run the same command with --resume to go on",
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from kdcompress.pipeline._trials import (
     tuning_runs,
     with_setting,
 )
-from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console
+from kdcompress.pipeline.base import RECIPE_FILE, RunFacts, RunFolder, console, resumable
 from kdcompress.recipe import Recipe
 from kdcompress.report import (
     COMPARISON_FILE,
@@ -119,17 +119,52 @@ def compare(
         + (f", before that {plan.trials} settings tried for each" if plan.trials > 1 else "")
         + f" · {folder}"
     )
-    notes = comparison_notes(plan, parts)
-    for note in notes:
-        speak.print(f"note: {note}")
-    fill_for_all(list(parts.values()), speak)
+    with resumable(folder):
+        notes = comparison_notes(plan, parts)
+        for note in notes:
+            speak.print(f"note: {note}")
+        fill_for_all(list(parts.values()), speak)
+        facts = parts[REFERENCE].facts
+        designs = {name: design(find_knobs(one.recipe, one.methods[0]), plan.trials) for name, one in parts.items()}
+        del parts
+        comparison = carry_out(plan, folder, materials, designs, facts, notes, speak, train=train, offline=offline)
+        write_comparison(comparison, folder)
+        speak.print(render_comparison(comparison))
+        speak.print(f"{folder / COMPARISON_FILE} · {folder / 'compare.md'}")
+    return comparison
 
-    facts = parts[REFERENCE].facts
+
+def carry_out(
+    plan: Plan,
+    folder: Path,
+    materials: Materials,
+    designs: Mapping[str, Sequence[Setting]],
+    facts: RunFacts,
+    notes: Sequence[str],
+    speak: Console,
+    *,
+    train: Callable[..., RunFolder],
+    offline: bool,
+) -> Comparison:
+    """Tunes the methods, trains what counts, and holds it against each other; what is finished is not done again.
+
+    Args:
+        plan: what it consists of.
+        folder: where its trainings are.
+        materials: their images and teachers.
+        designs: the settings to try, by method.
+        facts: of the reference.
+        notes: what must be known of the methods on these teachers.
+        speak: where to say what is found.
+        train: carries out one training.
+        offline: download nothing.
+
+    Raises:
+        KdcompressError: a training failed or was stopped.
+    """
     judged_on: JudgedOn = "val"
     if facts.student_saw_val is not False and materials.splits.holdout is not None:
         judged_on = "holdout"
-    designs = {name: design(find_knobs(one.recipe, one.methods[0]), plan.trials) for name, one in parts.items()}
-    del parts
     tries = plan_trials(plan, folder, designs)
     trying = [run for groups in tries.values() for group in groups for run in group]
     everything = [*trying, *counting_runs(plan, folder, {})]
@@ -154,7 +189,7 @@ def compare(
 
     speak.print(f"accuracy of {len(runs)} students on {len(materials.splits.test):,} test images")
     judged = {run.path: compared_run(run, folder, materials) for run in runs}
-    comparison = compare_runs(
+    return compare_runs(
         [
             MethodRuns(
                 one.name,
@@ -182,10 +217,6 @@ def compare(
         machine=describe_machine(),
         versions=versions(),
     )
-    write_comparison(comparison, folder)
-    speak.print(render_comparison(comparison))
-    speak.print(f"{folder / COMPARISON_FILE} · {folder / 'compare.md'}")
-    return comparison
 
 
 def settle(

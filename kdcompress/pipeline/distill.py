@@ -24,7 +24,7 @@ from kdcompress.networks import save_student
 from kdcompress.pipeline._answers import open_answers
 from kdcompress.pipeline._parts import Materials, Parts, prepare
 from kdcompress.pipeline._training import require_unchanged, run_training
-from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
+from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console, resumable
 from kdcompress.recipe import Recipe, build_recipe, merge, read_recipe, write_recipe
 from kdcompress.teachers import build_from, load_checkpoint, save_checkpoint
 from kdcompress.train import TrainResult
@@ -110,10 +110,12 @@ def carry_out(
             if ranks.leads() and parts.facts.data_digest != run.facts.data_digest:
                 fix = "give back the same data"
                 raise InputError("the data is not what the run began with", where=str(run.path), fix=fix)
-        answers.prepare()
-        result = run_training(parts, answers, run, speak, display, resume=stopped is not None)
+        with resumable(run.path):
+            answers.prepare()
+            result = run_training(parts, answers, run, speak, display, resume=stopped is not None)
     if ranks.leads():
-        finish(run, parts, result, seen, speak)
+        with resumable(run.path):
+            finish(run, parts, result, seen, speak)
     return run
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,27 @@ def finished(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     said = must(compare(shop, folder, "--resume", "--out", "cmp", "--seeds", "2").finish())
     assert first.stat().st_mtime_ns == written, "what was finished is left alone"
     return folder, said
+
+
+@pytest.mark.parametrize("place", ["compare: 3 methods", "training 1 of 6", "accuracy of 6 students"])
+def test_ctrl_c_between_two_trainings_says_how_to_go_on(
+    shop: Shop, finished: tuple[Path, str], tmp_path: Path, place: str
+) -> None:
+    if place.startswith("accuracy"):
+        shutil.copytree(finished[0] / "cmp", tmp_path / "cmp")
+        for file in tmp_path.rglob("judged.json"):
+            file.unlink()
+        process = shop.warm.start("compare", "--resume", "--out", "cmp", folder=tmp_path)
+    else:
+        process = compare(shop, tmp_path, "--seeds", "2", "--out", "cmp")
+    process.until(lambda: place in process.out.read_text(encoding="utf-8"))
+    process.signal(signal.SIGINT)
+    done = process.finish()
+    assert done.code == 1
+    first, second = done.error.splitlines()
+    assert first.startswith("error: stopped by SIGINT")
+    assert "run the same command with --resume to go on" in second
+    assert "Traceback" not in done.err
 
 
 def read(folder: Path) -> dict[str, Any]:
