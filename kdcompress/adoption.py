@@ -35,6 +35,8 @@ from kdcompress.types import FeatureShape, Images
 
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
 """Of operators that onnxruntime has."""
+_CONSTANTS_IR = 4
+"""The first IR version in which a weight need not be an input."""
 _TOLERANCE = 1e-3
 _PICTURE_CHANNELS = (1, 3, 4)
 
@@ -138,7 +140,7 @@ def adopt_onnx(
         ShapeError: it has another number of classes or channels, or another size.
         VerificationError: what was made of it does not answer as it does.
     """
-    model = read_onnx(path)
+    model = _in_one_graph(read_onnx(path))
     _name_nodes(model)  # onnxruntime refuses two nodes of one name
     ends = read_ends(model, str(path))
     if len(images) == 0:
@@ -323,6 +325,22 @@ def precision_of(model: Any) -> Precision:
         return "int8"
     kinds = Counter(item.data_type for item in model.graph.initializer if len(item.dims) > 1)
     return "fp16" if kinds[TensorProto.FLOAT16] > kinds[TensorProto.FLOAT] else "fp32"
+
+
+def _in_one_graph(model: Any) -> Any:
+    """The model with its own functions written out, and its weights as constants only.
+
+    Files of before IR version 4 list each weight among the inputs, as what is taken where nothing is given.
+    """
+    from onnx import inliner
+
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    constants = {item.name for item in model.graph.initializer}
+    for value in [value for value in model.graph.input if value.name in constants]:
+        model.graph.input.remove(value)
+    model.ir_version = max(model.ir_version, _CONSTANTS_IR)
+    return model
 
 
 def _name_nodes(model: Any) -> None:

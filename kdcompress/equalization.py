@@ -23,9 +23,8 @@ from kdcompress.onnx_graph import ModelProto
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Tried for each group. 0: by the weights alone; 1: by the activations alone."""
 _WORTH = 0.5
-"""A group is equalized where that leaves at most this part of the noise; the noise is an estimate."""
+"""A group is equalized where that leaves at most this part of the noise, which is not all that decides."""
 _FARTHEST = 2.0**20
-_WEIGHT_STEPS = 127
 
 Factors = NDArray[np.float64]
 
@@ -62,32 +61,49 @@ class Equalization(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Of an activation, channel by channel.
+    """Of an activation, channel by channel, over images.
 
     Args:
-        largest: magnitude.
-        square: on average.
+        lowest: value.
+        highest: value.
+        some: [positions, channels], values as they come.
     """
 
-    largest: Factors
-    square: Factors
+    lowest: Factors
+    highest: Factors
+    some: NDArray[np.float32]
+
+    @property
+    def largest(self) -> Factors:
+        """Magnitude."""
+        return np.maximum(np.abs(self.lowest), np.abs(self.highest))
+
+
+class Rounding(NamedTuple):
+    """How the numbers of a graph are rounded.
+
+    Args:
+        symmetric: an activation has 127 steps on each side of zero; otherwise 255 from its lowest to its highest value.
+        reduce_range: the largest weight of an output channel has 64 steps; otherwise 127.
+        exact: the names of the layers that stay in float.
+    """
+
+    symmetric: bool = False
+    reduce_range: bool = False
+    exact: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Product:
-    """A layer that reads a group, as far as its rounding matters.
+    """A layer that reads a group.
 
     Args:
         spread: of what it reads.
-        largest: [outputs, channels], the largest |weight| between them; 0 where they are not connected.
-        square: likewise the sum of the squares.
-        places: of the kernel.
+        weight: [groups, outputs, channels, places of the kernel], the last three of one group of channels.
     """
 
     spread: Spread
-    largest: Factors
-    square: Factors
-    places: int
+    weight: Factors
 
 
 def read_tensors(model: ModelProto) -> tuple[str, ...]:
@@ -99,13 +115,13 @@ def read_tensors(model: ModelProto) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reader.tensor for group in channel_groups(model) for reader in group.readers))
 
 
-def equalize(model: ModelProto, spreads: Mapping[str, Spread], *, unsigned: bool) -> Equalization:
+def equalize(model: ModelProto, spreads: Mapping[str, Spread], rounding: Rounding) -> Equalization:
     """Rescales the channels of a graph's groups where INT8 then has far less noise.
 
     Args:
         model: an fp32 graph with inferred shapes, its nodes in order; its weights are changed.
-        spreads: of `read_tensors`, on real images.
-        unsigned: whether activations have 255 steps from 0 on, not 127.
+        spreads: of `read_tensors`, on real images; where one is missing its groups stay.
+        rounding: of what the layers read, and of their weights.
 
     Returns:
         The factors; empty where little is to gain.
@@ -117,13 +133,15 @@ def equalize(model: ModelProto, spreads: Mapping[str, Spread], *, unsigned: bool
     rows: dict[str, Factors] = {}
     columns: dict[str, Factors] = {}
     for group in channel_groups(model):
-        if not all(np.isfinite(spreads[reader.tensor]).all() for reader in group.readers):
+        readers = [reader for reader in group.readers if reader.node not in rounding.exact]
+        known = [spreads[reader.tensor] for reader in readers if reader.tensor in spreads]
+        if not readers or len(known) < len(readers) or not all(np.isfinite(spread.largest).all() for spread in known):
             continue
         products = [
-            _product(group, numpy_helper.to_array(constants[reader.weight]), spreads[reader.tensor])
-            for reader in group.readers
+            _product(group, numpy_helper.to_array(constants[reader.weight]), spread)
+            for reader, spread in zip(readers, known, strict=True)
         ]
-        factors = choose_factors(products, steps=255 if unsigned else 127)
+        factors = choose_factors(products, rounding)
         if factors is not None:
             tensors |= dict.fromkeys(group.tensors, factors)
             rows |= dict.fromkeys((name for names in group.writers for name in names), factors)
@@ -135,55 +153,73 @@ def equalize(model: ModelProto, spreads: Mapping[str, Spread], *, unsigned: bool
     return found
 
 
-def choose_factors(products: Sequence[Product], *, steps: int) -> Factors | None:
+def choose_factors(products: Sequence[Product], rounding: Rounding) -> Factors | None:
     """The factors of a group with the least noise, powers of two; None where that is not worth a change.
 
     Args:
         products: the layers that read it.
-        steps: how many an activation's largest value has.
+        rounding: of what they read, and of their weights.
     """
     activations = _mean_shape([product.spread.largest for product in products])
-    weights = _mean_shape([(p.largest / _at_least_one(p.largest.max(1, keepdims=True))).max(0) for p in products])
+    weights = _mean_shape([_needed(product.weight) for product in products])
     noise = {}
     for exponent in _EXPONENTS:
         factors = weights ** (1 - exponent) / activations**exponent
         factors = 2.0 ** np.round(np.log2(factors / factors[activations.argmax()]))
         factors = factors.clip(1 / _FARTHEST, _FARTHEST)
-        noise[sum(rounding_noise(product, factors, steps) for product in products)] = factors
-    before = sum(rounding_noise(product, np.ones_like(activations), steps) for product in products)
+        noise[sum(rounding_noise(product, factors, rounding) for product in products)] = factors
+    before = sum(rounding_noise(product, np.ones_like(activations), rounding) for product in products)
     least = min(noise)
     return noise[least] if least <= _WORTH * before else None
 
 
-def rounding_noise(product: Product, factors: Factors, steps: int) -> float:
+def rounding_noise(product: Product, factors: Factors, rounding: Rounding) -> float:
     """Mean square of what rounding adds to a layer's outputs, relative to what they are.
 
-    Roundings are taken as independent and even over a step, with variance step² / 12; a channel's values as independent
-    of those of others. The zeros that a ReLU leaves are counted as rounded, though they are exact.
+    The weights and some values of the activation are rounded; a value's error is taken as independent of those of the
+    others that it is added to, and a channel's values as independent of those of others.
 
     Args:
         product: the layer.
         factors: of its input channels.
-        steps: how many an activation's largest value has.
+        rounding: of what it reads, and of its weights.
     """
-    spread = product.spread
-    step = (factors * spread.largest).max() / steps
-    of_activations = step**2 / 12 * (product.square / factors**2).sum()
-    steps_of_weights = (product.largest / factors).max(1, keepdims=True) / _WEIGHT_STEPS
-    of_weights = (steps_of_weights**2 / 12 * (product.largest > 0) * product.places * factors**2 * spread.square).sum()
-    return float((of_activations + of_weights) / _at_least_one((product.square * spread.square).sum()))
+    spread, weight = product.spread, product.weight
+    if rounding.symmetric:
+        step = (factors * spread.largest).max() / 127
+    else:
+        step = (max((factors * spread.highest).max(), 0.0) - min((factors * spread.lowest).min(), 0.0)) / 255
+    shape = (weight.shape[0], 1, weight.shape[2], 1)
+    mean_square, error = (
+        (values.astype(np.float64) ** 2).mean(0).reshape(shape)
+        for values in (spread.some, _rounding(spread.some * factors, step) / factors)
+    )
+    by_group = factors.reshape(shape)
+    scaled = weight / by_group
+    steps = np.abs(scaled).max((2, 3), keepdims=True) / (64 if rounding.reduce_range else 127)
+    of_weights = ((_rounding(scaled, steps) * by_group) ** 2 * mean_square).sum()
+    outputs = (weight**2 * mean_square).sum()
+    return float(((weight**2 * error).sum() + of_weights) / _at_least_one(outputs))
+
+
+def _rounding(values: NDArray[Any], step: Any) -> Factors:
+    """What is added to values when they are rounded to multiples of a step."""
+    steps = _at_least_one(step)
+    rounded: Factors = np.round(values / steps) * steps - values
+    return rounded
+
+
+def _needed(weight: Factors) -> Factors:
+    """Of each input channel of a weight, its largest part in an output channel's largest weight."""
+    largest = np.abs(weight).max(3)
+    needed: Factors = (largest / _at_least_one(largest.max(2, keepdims=True))).max(1).reshape(-1)
+    return needed
 
 
 def _product(group: Group, weight: NDArray[Any], spread: Spread) -> Product:
     outputs, inputs = weight.shape[:2]
-    flat = np.abs(weight.reshape(outputs, inputs, -1).astype(np.float64))
-    largest, square = np.zeros((2, outputs, group.channels))
-    number = group.channels // inputs
-    for place in range(number):
-        part = slice(place * outputs // number, (place + 1) * outputs // number)
-        channels = slice(place * inputs, (place + 1) * inputs)
-        largest[part, channels], square[part, channels] = flat[part].max(2), (flat[part] ** 2).sum(2)
-    return Product(spread, largest, square, flat.shape[2])
+    groups = group.channels // inputs
+    return Product(spread, weight.astype(np.float64).reshape(groups, outputs // groups, inputs, -1))
 
 
 def _mean_shape(values: Sequence[Factors]) -> Factors:

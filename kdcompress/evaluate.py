@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from kdcompress.errors import DataError, ShapeError, VerificationError
+from kdcompress.losses import kl_divergence
 from kdcompress.types import UNLABELLED, Batch, Predictor
 
 Z95 = 1.959963984540054
@@ -106,6 +107,11 @@ def agreement(logits_a: Float[Tensor, "images classes"], logits_b: Float[Tensor,
     if len(logits_a) == 0:
         raise DataError("no images to compare on")
     return float((logits_a.argmax(1) == logits_b.argmax(1)).double().mean())
+
+
+def divergence(reference: Float[Tensor, "images classes"], logits: Float[Tensor, "images classes"]) -> float:
+    """Mean KL(reference ‖ logits) over the images, in nats."""
+    return float(kl_divergence(reference.double().softmax(1), logits.double(), 1.0))
 
 
 @torch.no_grad()

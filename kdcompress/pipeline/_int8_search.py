@@ -13,9 +13,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from kdcompress.bundle import Bundle
-from kdcompress.evaluate import agreement
+from kdcompress.evaluate import agreement, divergence
 from kdcompress.gate import Drop, accuracy_drop
-from kdcompress.losses import kl_divergence
 from kdcompress.pipeline._gate import race
 from kdcompress.quantize.base import CalibrationMethod, Layout, Scheme
 from kdcompress.quantize.int8 import Int8Source
@@ -92,11 +91,6 @@ def find_sensitivity(
         for node, layer in source.layers().items()
     ]
     return tuple(sorted(found, key=lambda entry: -entry.divergence))
-
-
-def divergence(reference: Logits, logits: Logits) -> float:
-    """Mean KL(reference ‖ logits) over the images, in nats."""
-    return float(kl_divergence(reference.double().softmax(1), logits.double(), 1.0))
 
 
 class Search:

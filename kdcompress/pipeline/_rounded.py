@@ -67,7 +67,7 @@ def make_plan(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> Plan
     few = calibration[:VERIFIED_IMAGES]
     exported = walk(run.student(), "onnx", out, profile=profile, images=few, replace=True)
     reduce_range = profile.reduces_range(instruction_sets())
-    equalized, equalization = equalize_model(exported.model_path, calibration, profile)
+    equalized, equalization = equalize_model(exported.model_path, calibration, profile, reduce_range=reduce_range)
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "equalized.onnx"
         file.write_bytes(equalized.SerializeToString())

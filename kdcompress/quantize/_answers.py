@@ -6,16 +6,18 @@ import hashlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdcompress.bundle import PLAIN, Interface
 from kdcompress.errors import VerificationError
+from kdcompress.onnx_graph import ModelProto
 from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
 from kdcompress.types import Images, Logits
 
@@ -44,6 +46,17 @@ def batches(images: Images, interface: Interface = PLAIN) -> Iterator[NDArray[An
     for start in range(0, len(images), size):
         if interface.batch is None or start + size <= len(images):
             yield interface.feed(images[start : start + size])
+
+
+def answer_feeds(model: ModelProto, feeds: Iterable[NDArray[Any]]) -> Logits:
+    """What an ONNX model answers to batches of images as it takes them; of probabilities their logarithms."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        session = open_session(path)
+    name = session.get_outputs()[0].name
+    answers = torch.from_numpy(np.concatenate([session.run([name], {"images": feed})[0] for feed in feeds])).double()
+    return answers.clamp(min=1e-12).log() if name == "probabilities" else answers
 
 
 def images_digest(images: Images) -> str:

@@ -22,14 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcompress import onnx_graph
-from kdcompress.equalization import Equalization, equalize, read_tensors
+from kdcompress.equalization import Equalization, Rounding, equalize, read_tensors
 from kdcompress.errors import VerificationError
+from kdcompress.evaluate import divergence
 from kdcompress.onnx_graph import ModelProto, NodeProto
 from kdcompress.profiles import Profile
+from kdcompress.quantize._answers import answer_feeds
 from kdcompress.quantize._float_layers import guard_float_layers
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
-from kdcompress.quantize._prepare import hold_constants, name_nodes
+from kdcompress.quantize._prepare import hold_constants, name_nodes, part_constants, spread_biases
 from kdcompress.quantize._saturation import cut_saturated
 from kdcompress.quantize._spread import measure_spreads
 from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
@@ -54,8 +56,9 @@ class FloatModel:
         profile: the runtime that the INT8 graphs are for.
         reduce_range: whether weights get 7 bits.
         ranges: scales and zero points that a training has learned.
-        rewrite: the normalisation may move into the first convolution (`_fold`), and channels may be equalized
-            (`equalization`), where that helps; fp32 would answer the same.
+        fold: the normalisation moves into the first convolution where it can (`_fold`).
+        equalize: channels are equalized (`equalization`) where INT8 then answers more like fp32 on the calibration
+            images; fp32 answers the same.
 
     Raises:
         VerificationError: this is not a graph that can be quantized.
@@ -69,7 +72,8 @@ class FloatModel:
         *,
         reduce_range: bool,
         ranges: Ranges | None = None,
-        rewrite: bool = False,
+        fold: bool = False,
+        equalize: bool = False,
     ) -> None:
         import onnx
 
@@ -84,9 +88,10 @@ class FloatModel:
             onnx_graph.require_flat(model)
             name_nodes(model)
             hold_constants(model)
-            self.folded = rewrite and not profile.skip_only and fold_normalisation(model)
+            part_constants(model)
+            spread_biases(model)
+            self.folded = fold and not profile.skip_only and fold_normalisation(model)
             self._model = onnx.shape_inference.infer_shapes(model)
-            self.equalization = equalize_channels(self._model, feeds, profile) if rewrite else Equalization()
             opset = onnx_graph.opset_of(model)
         except Exception as error:  # onnx raises what any part of it raises
             raise _refused(path, error) from error
@@ -95,6 +100,12 @@ class FloatModel:
             fix = f"export it again with opset {onnx_graph.CHANNEL_SCALES_OPSET} or later"
             raise VerificationError(what, where=str(path), fix=fix)
         self._rows = () if profile.skip_only else find_rows(self._model)
+        self.equalization = self._equalize() if equalize and profile.per_channel else Equalization()
+
+    @property
+    def model(self) -> ModelProto:
+        """The graph in fp32, as it is quantized."""
+        return self._model
 
     @property
     def packs(self) -> bool:
@@ -182,6 +193,27 @@ class FloatModel:
             raise _refused(self.path, error) from error
         return model
 
+    def _equalize(self) -> Equalization:
+        """Equalizes channels if that makes INT8 better on the calibration images; answers the factors."""
+        import onnx
+
+        before, changed = self._model, onnx.ModelProto()
+        changed.CopyFrom(before)
+        kept = frozenset(kept_float(changed, self.profile))
+        try:
+            spreads = measure_spreads(changed, read_tensors(changed), self._feeds)
+        except Exception as error:  # the runtime raises what any part of it raises
+            raise _refused(self.path, error) from error
+        found = equalize(changed, spreads, Rounding(self.profile.symmetric, self._reduce_range, kept))
+        if not found.columns:
+            return found
+        fp32, plain = (answer_feeds(model, self._feeds) for model in (before, self.quantize(Scheme())))
+        extremes, self._extremes, self._model = self._extremes, {}, changed
+        if divergence(fp32, answer_feeds(self.quantize(Scheme()), self._feeds)) < divergence(fp32, plain):
+            return found
+        self._extremes, self._model = extremes, before
+        return Equalization()
+
     def _alone(self, name: str) -> list[str]:
         """A layer and the activation behind it: rounded before that, it would have to span what that cuts off."""
         layer = next(node for node in self._model.graph.node if node.name == name)
@@ -252,20 +284,6 @@ class FloatModel:
                 what = f"this graph cannot be quantized: the values of {name} are not finite"
                 raise VerificationError(what, where=str(self.path))
         return cut_saturated(self._model, extremes)
-
-
-def equalize_channels(model: ModelProto, feeds: Sequence[NDArray[Any]], profile: Profile) -> Equalization:
-    """Equalizes the channels of a graph, if the profile's weights have a scale for each; answers the factors.
-
-    Args:
-        model: an fp32 graph with inferred shapes; its weights are changed.
-        feeds: batches of calibration images.
-        profile: the scheme.
-    """
-    if not profile.per_channel:
-        return Equalization()
-    spreads = measure_spreads(model, read_tensors(model), feeds)
-    return equalize(model, spreads, unsigned=profile.activation_type == "uint8")
 
 
 def kept_float(model: ModelProto, profile: Profile) -> list[str]:

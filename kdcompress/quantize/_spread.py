@@ -1,12 +1,12 @@
-"""How large an fp32 graph's activations are, channel by channel.
+"""How large an fp32 graph's activations are, channel by channel, and some of their values.
 
-The runtime reduces them itself: as they are they would fill the memory.
+The runtime picks them itself: all activations of all images would fill the memory.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +20,80 @@ from kdcompress.runtimes.onnxruntime_runtime import open_session
 
 _AXES_AS_INPUT = 18
 """The opset from which on reductions take their axes as an input."""
+_PLACES = 64
+"""Looked at in a map."""
+_POSITIONS = 4096
+"""Looked at in all images."""
 
 
-def measure_spreads(model: ModelProto, names: Sequence[str], feeds: Iterable[NDArray[Any]]) -> dict[str, Spread]:
+def measure_spreads(model: ModelProto, names: Sequence[str], feeds: Sequence[NDArray[Any]]) -> dict[str, Spread]:
     """The spread of activations over the images.
 
     Args:
-        model: a graph with the input `images`.
-        names: the activations.
+        model: a graph with the input `images` and inferred shapes.
+        names: the activations. Those of which the graph does not say how large their maps are get no spread.
         feeds: batches of images.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    maps = _maps(model)
+    names = [name for name in names if name in maps]
     if not names:
         return {}
-    ranks = onnx_graph.ranks(model)
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     graph = watched.graph
     del graph.output[:]
+    stem = "equalize"
+    while any(stem in name for node in graph.node for name in (*node.input, *node.output)):
+        stem += "_"
+    flat, axes = f"{stem}_flat", f"{stem}_axes"
+    graph.initializer.append(numpy_helper.from_array(np.array([0, 0, -1], np.int64), flat))
+    if as_input := onnx_graph.opset_of(model) >= _AXES_AS_INPUT:
+        graph.initializer.append(numpy_helper.from_array(np.array([0, 2], np.int64), axes))
+    inputs, attributes = ([axes], {}) if as_input else ([], {"axes": [0, 2]})
+    random = np.random.default_rng(0)
+    places = {}
     for number, name in enumerate(names):
-        axes = [axis for axis in range(ranks[name]) if axis != 1]
-        parts = [f"equalize_{number}_{part}" for part in ("axes", "magnitude", "largest", "squares", "square")]
-        given, magnitude, largest, squares, square = parts
-        as_input = onnx_graph.opset_of(model) >= _AXES_AS_INPUT
-        if as_input:
-            graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), given))
-        inputs, attributes = ([given], {}) if as_input else ([], {"axes": axes})
+        parts = [f"{stem}_{number}_{part}" for part in ("map", "places", "lowest", "highest", "some")]
+        values, chosen, lowest, highest, some = parts
+        places[name] = np.sort(random.choice(maps[name], min(maps[name], _PLACES), replace=False))
+        graph.initializer.append(numpy_helper.from_array(places[name].astype(np.int64), chosen))
         graph.node.extend(
             [
-                helper.make_node("Abs", [name], [magnitude]),
-                helper.make_node("ReduceMax", [magnitude, *inputs], [largest], keepdims=0, **attributes),
-                helper.make_node("Mul", [name, name], [squares]),
-                helper.make_node("ReduceMean", [squares, *inputs], [square], keepdims=0, **attributes),
+                helper.make_node("Reshape", [name, flat], [values]),
+                helper.make_node("ReduceMin", [values, *inputs], [lowest], keepdims=0, **attributes),
+                helper.make_node("ReduceMax", [values, *inputs], [highest], keepdims=0, **attributes),
+                helper.make_node("Gather", [values, chosen], [some], axis=2),
             ]
         )
-        graph.output.extend(helper.make_tensor_value_info(one, TensorProto.FLOAT, None) for one in (largest, square))
+        graph.output.extend(helper.make_tensor_value_info(one, TensorProto.FLOAT, None) for one in parts[2:])
+    images = sum(len(feed) for feed in feeds)
+    found: dict[str, list[Spread]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "watched.onnx"
         onnx.save(watched, path)
         session = open_session(path)
-        found = [(len(feed), session.run(None, {"images": feed})) for feed in feeds]
-    images = sum(count for count, _ in found)
-    spreads = {}
-    for number, name in enumerate(names):
-        largest = np.max([values[2 * number] for _, values in found], axis=0).astype(np.float64)
-        square = sum(count * values[2 * number + 1].astype(np.float64) for count, values in found) / images
-        spreads[name] = Spread(largest, square)
-    return spreads
+        seen = 0
+        for feed in feeds:
+            answers = session.run(None, {"images": feed})
+            for number, name in enumerate(names):
+                lowest, highest, some = answers[3 * number : 3 * number + 3]
+                each = max(1, images * len(places[name]) // _POSITIONS)
+                found[name].append(Spread(lowest, highest, some[-seen % each :: each]))
+            seen += len(feed)
+    return {name: _together(spreads) for name, spreads in found.items()}
+
+
+def _together(spreads: Sequence[Spread]) -> Spread:
+    lowest, highest, some = (np.concatenate(part) for part in zip(*spreads, strict=True))
+    channels = some.shape[1]
+    lowest, highest = (each.reshape(-1, channels).astype(np.float64) for each in (lowest, highest))
+    return Spread(lowest.min(0), highest.max(0), some.swapaxes(1, 2).reshape(-1, channels))
+
+
+def _maps(model: ModelProto) -> dict[str, int]:
+    """Tensor → how many positions each of its channels has, where all sizes but the batch's are known."""
+    dims = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.value_info}
+    return {name: int(np.prod(sizes[2:])) for name, sizes in dims.items() if len(sizes) > 1 and all(sizes[1:])}

@@ -27,7 +27,7 @@ from kdcompress.evaluate import agreement
 from kdcompress.onnx_graph import ModelProto
 from kdcompress.profiles import Profile, instruction_sets
 from kdcompress.quantize._answers import batches, images_digest, predict, quiet
-from kdcompress.quantize._ptq import FloatModel, equalize_channels
+from kdcompress.quantize._ptq import FloatModel
 from kdcompress.quantize.base import OtherImages, Ranges, Scheme
 from kdcompress.types import Images, Logits
 
@@ -64,6 +64,9 @@ class Int8Source:
         self._calibration = fit_images(calibration, bundle.preprocess)
         self._reduce_range = profile.reduces_range(instruction_sets())
         feeds = list(batches(self._calibration, bundle.interface))
+        if not feeds:
+            what = f"{len(calibration)} images to calibrate on, the file takes {bundle.interface.batch} at once"
+            raise ShapeError(what, where=str(bundle.path))
         with quiet():
             self._model = FloatModel(
                 bundle.model_path,
@@ -71,7 +74,8 @@ class Int8Source:
                 profile,
                 reduce_range=self._reduce_range,
                 ranges=ranges,
-                rewrite=not ranges,  # a graph with learned ranges stays as it was trained
+                fold=not ranges,  # a graph with learned ranges stays as it was trained
+                equalize=not ranges,
             )
 
     def layers(self) -> dict[str, str]:
@@ -212,23 +216,28 @@ class _Int8:
 QUANTIZER = _Int8()
 
 
-def equalize_model(path: Path, calibration: Images, profile: Profile) -> tuple[ModelProto, Equalization]:
+def equalize_model(
+    path: Path, calibration: Images, profile: Profile, *, reduce_range: bool
+) -> tuple[ModelProto, Equalization]:
     """An exported file with its channels equalized, as an `Int8Source` equalizes them.
 
     Args:
         path: an fp32 ONNX file that takes images as they are in a `PLAIN` interface.
         calibration: real images in [0, 1], at the network's size.
         profile: the scheme that it will be quantized with.
+        reduce_range: whether weights will get 7 bits.
 
     Returns:
         The model, an `onnx.ModelProto` whose answers are the same, and the factors.
     """
     import onnx
 
-    model = onnx.shape_inference.infer_shapes(onnx.load(path))
-    found = equalize_channels(model, list(batches(calibration)), profile)
+    with quiet():
+        source = FloatModel(path, list(batches(calibration)), profile, reduce_range=reduce_range, equalize=True)
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
     model.graph.ClearField("value_info")
-    return model, found
+    return model, source.equalization
 
 
 def quantize_model(

@@ -80,13 +80,36 @@ def of_opset_11(model: Any) -> None:
             node.attribute.remove(attribute)
 
 
+def of_ir_version_3(model: Any) -> None:
+    """As files were before weights could be no inputs."""
+    of_opset_11(model)
+    model.ir_version = 3
+    for item in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(item.name, item.data_type, item.dims))
+
+
+def with_a_function_of_its_own(model: Any) -> None:
+    """Called as an operator of ONNX, which it is not: half of a ReLU of the double."""
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    steps = [
+        helper.make_node("Add", ["a", "a"], ["b"]),
+        helper.make_node("Relu", ["b"], ["c"]),
+        helper.make_node("Constant", [], ["half"], value_float=0.5),
+        helper.make_node("Mul", ["c", "half"], ["d"]),
+    ]
+    opset = helper.make_opsetid("", model.opset_import[0].version)
+    model.functions.append(helper.make_function("mine", "Relu", ["a"], ["d"], steps, [opset]))
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    relu.domain = "mine"
+
+
 def with_a_side_file(model: Any) -> None:
     """Saved so below."""
 
 
 WAYS: list[Callable[[Any], None]] = [
     *(plain, without_normalisation, channels_last, camera, half_ends, batches_of_three, open_size, without_names),
-    of_opset_11,
+    *(of_opset_11, of_ir_version_3, with_a_function_of_its_own),
     with_a_side_file,
 ]
 
@@ -125,7 +148,10 @@ def test_a_file_from_elsewhere_answers_as_a_bundle(way: Callable[[Any], None], t
     assert rules <= {"fixed-batch"}
 
 
-@pytest.mark.parametrize("way", [camera, of_opset_11], ids=lambda way: way.__name__)
+QUANTIZED = [camera, of_opset_11, of_ir_version_3, with_a_function_of_its_own]
+
+
+@pytest.mark.parametrize("way", QUANTIZED, ids=lambda way: way.__name__)
 def test_it_is_quantized_as_any_other(way: Callable[[Any], None], tmp_path: Path) -> None:
     made = adopted(written(tmp_path / "m.onnx", way), tmp_path / "made")
     for name in ("int8", "fp16"):

@@ -1,5 +1,6 @@
 """Equalized channels in the files: nothing changes in fp32, and INT8 keeps what it would lose."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcompress.bundle import Bundle, provenance_step
-from kdcompress.equalization import read_tensors
+from kdcompress.bundle import Bundle, Interface, provenance_step
+from kdcompress.equalization import Equalization, Rounding, Spread, equalize, read_tensors
+from kdcompress.errors import ShapeError
 from kdcompress.export import find_target
 from kdcompress.fake_quant import learned_model, learned_ranges, prepare_student
 from kdcompress.networks import save_student
@@ -18,7 +20,7 @@ from kdcompress.quantize._spread import measure_spreads
 from kdcompress.quantize.base import Scheme
 from kdcompress.quantize.int8 import Int8Source, equalize_model, quantize_model
 from kdcompress.runtimes.onnxruntime_runtime import open_session
-from tests.unit.deployed import CLASSES, badly_scaled, digits, onnx_bundle
+from tests.unit.deployed import CLASSES, badly_scaled, digits, onnx_bundle, student_bundle
 
 TESTED = slice(1200, None)
 
@@ -51,8 +53,13 @@ def test_spreads_are_those_of_the_values() -> None:
     values = session.run(list(names), {"images": np.concatenate(feeds)})
     for name, value in zip(names, values, strict=True):
         others = tuple(axis for axis in range(value.ndim) if axis != 1)
+        np.testing.assert_allclose(found[name].lowest, value.min(others), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[name].highest, value.max(others), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found[name].largest, np.abs(value).max(others), rtol=1e-4)
-        np.testing.assert_allclose(found[name].square, (value.astype(np.float64) ** 2).mean(others), rtol=1e-4)
+        some = found[name].some
+        assert 1000 < len(some) <= 4096 or len(some) == value.size // value.shape[1]
+        mean_square = (value.astype(np.float64) ** 2).mean(others)
+        np.testing.assert_allclose((some.astype(np.float64) ** 2).mean(0), mean_square, rtol=0.4)
 
 
 @pytest.mark.parametrize("name", ["ort-x86", "ort-arm", "trt10.3", "openvino"])
@@ -69,13 +76,44 @@ def test_a_student_of_uneven_channels_loses_nothing(name: str, uneven: Bundle) -
 
 def test_an_even_student_stays_as_it_is() -> None:
     images = digits()[0][:300]
-    _, equalization = equalize_model(onnx_bundle().model_path, images, get_profile("ort-x86"))
+    _, equalization = equalize_model(onnx_bundle().model_path, images, get_profile("ort-x86"), reduce_range=False)
     assert not equalization.columns
+
+
+def test_factors_that_make_the_answers_worse_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of single layers is not all that decides; the answers on the calibration images do."""
+    images, profile = digits()[0], get_profile("ort-x86")
+
+    def unlucky(model: onnx.ModelProto, spreads: Mapping[str, Spread], rounding: Rounding) -> Equalization:
+        pulled = {
+            name: Spread(each.lowest, each.highest, each.some * np.float32(2.0) ** (np.arange(len(each.lowest)) % 12))
+            for name, each in spreads.items()
+        }
+        return equalize(model, pulled, rounding)
+
+    before = Int8Source(onnx_bundle(), images[:300], profile=profile).quantized(Scheme())
+    monkeypatch.setattr("kdcompress.equalization._WORTH", 1e9)
+    monkeypatch.setattr("kdcompress.equalization._EXPONENTS", (-2.0,))
+    monkeypatch.setattr("kdcompress.quantize._ptq.equalize", unlucky)
+    source = Int8Source(onnx_bundle(), images[:300], profile=profile)
+    assert source.quantized(Scheme()) == before
+
+
+def test_a_file_of_large_batches_names_both_numbers(tmp_path: Path) -> None:
+    bundle = find_target("onnx").run(
+        student_bundle(tmp_path / "student"),
+        tmp_path / "onnx",
+        profile=get_profile("ort-x86"),
+        images=digits()[0][:40],
+        interface=Interface(batch=16),
+    )
+    with pytest.raises(ShapeError, match="9 images to calibrate on, the file takes 16 at once"):
+        Int8Source(bundle, digits()[0][:9], profile=get_profile("ort-x86"))
 
 
 def test_fp32_answers_the_same_to_the_bit(uneven: Bundle, tmp_path: Path) -> None:
     images = digits()[0]
-    model, equalization = equalize_model(uneven.model_path, images[:300], get_profile("trt10.3"))
+    model, equalization = equalize_model(uneven.model_path, images[:300], get_profile("trt10.3"), reduce_range=False)
     assert equalization.columns
     (tmp_path / "equalized.onnx").write_bytes(model.SerializeToString())
     before, after = (
@@ -94,7 +132,7 @@ def test_the_provenance_says_how_many_layers_were_rewritten(uneven: Bundle, tmp_
 def test_training_goes_on_from_the_equalized_student(name: str, uneven: Bundle, tmp_path: Path) -> None:
     """It computes what its file computes, with live batch norms and the feature maps of the student it was."""
     images, profile, student = digits()[0], get_profile(name), badly_scaled()
-    model, equalization = equalize_model(uneven.model_path, images[:300], profile)
+    model, equalization = equalize_model(uneven.model_path, images[:300], profile, reduce_range=False)
     file = tmp_path / "equalized.onnx"
     file.write_bytes(model.SerializeToString())
     quantized = quantize_model(file, images[:300], profile, reduce_range=False)

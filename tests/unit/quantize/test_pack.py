@@ -131,7 +131,9 @@ def test_constants_that_others_read_stay() -> None:
 @pytest.fixture(scope="module")
 def source() -> FloatModel:
     feeds = [part.numpy().copy() for part in digits()[0][:96].split(32)]
-    return FloatModel(onnx_bundle().model_path, feeds, PROFILES["ort-x86"], reduce_range=False, rewrite=True)
+    return FloatModel(
+        onnx_bundle().model_path, feeds, PROFILES["ort-x86"], reduce_range=False, fold=True, equalize=True
+    )
 
 
 def test_packed_int8_has_the_same_answers_to_the_bit(source: FloatModel) -> None:

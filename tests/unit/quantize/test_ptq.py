@@ -24,7 +24,7 @@ def feeds(num_images: int = 96) -> list[NDArray[np.float32]]:
 
 @pytest.fixture(scope="module")
 def source() -> FloatModel:
-    return FloatModel(onnx_bundle().model_path, feeds(), PROFILE, reduce_range=False, rewrite=True)
+    return FloatModel(onnx_bundle().model_path, feeds(), PROFILE, reduce_range=False, fold=True, equalize=True)
 
 
 def values_of(model: onnx.ModelProto, names: list[str], images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -72,9 +72,9 @@ def test_entropy_cuts_tails(source: FloatModel) -> None:
 
 def test_batches_one_by_one_or_together_give_the_same_ranges() -> None:
     together = FloatModel(
-        onnx_bundle().model_path, [np.concatenate(feeds())], PROFILE, reduce_range=False, rewrite=True
+        onnx_bundle().model_path, [np.concatenate(feeds())], PROFILE, reduce_range=False, fold=True, equalize=True
     )
-    apart = FloatModel(onnx_bundle().model_path, feeds(), PROFILE, reduce_range=False, rewrite=True)
+    apart = FloatModel(onnx_bundle().model_path, feeds(), PROFILE, reduce_range=False, fold=True, equalize=True)
     for name, (low, high) in together.extremes("minmax").items():
         assert apart.extremes("minmax")[name] == (pytest.approx(low), pytest.approx(high))
 
@@ -83,7 +83,9 @@ def test_values_that_are_not_finite_are_refused() -> None:
     broken = feeds()
     broken[0][0, 0, 0, 0] = np.inf
     with pytest.raises(VerificationError, match="cannot be quantized"):
-        FloatModel(onnx_bundle().model_path, broken, PROFILE, reduce_range=False, rewrite=True).extremes("minmax")
+        FloatModel(onnx_bundle().model_path, broken, PROFILE, reduce_range=False, fold=True, equalize=True).extremes(
+            "minmax"
+        )
 
 
 def test_an_opset_without_scales_for_channels_is_named(tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_weights_that_constant_nodes_hold_are_quantized_too(source: FloatModel, 
         model.graph.node.insert(0, helper.make_node("Constant", [], [item.name], value=item))
         model.graph.initializer.remove(item)
     onnx.save(model, tmp_path / "constants.onnx")
-    held = FloatModel(tmp_path / "constants.onnx", feeds(), PROFILE, reduce_range=False, rewrite=True)
+    held = FloatModel(tmp_path / "constants.onnx", feeds(), PROFILE, reduce_range=False, fold=True, equalize=True)
     assert list(held.layers().values()) == list(source.layers().values())
     assert (held.folded, held.packs) == (source.folded, source.packs)
     assert operators(held.quantize(Scheme())) == operators(source.quantize(Scheme()))
@@ -176,7 +178,7 @@ def test_a_dense_layout_leaves_out_what_int8_does_not_help(tmp_path: Path) -> No
     ]
     onnx.save(small_model(nodes, arrays, 3), tmp_path / "model.onnx")
     images = random.random((2, 3, 7, 9), dtype=np.float32)
-    source = FloatModel(tmp_path / "model.onnx", [images], PROFILE, reduce_range=False, rewrite=True)
+    source = FloatModel(tmp_path / "model.onnx", [images], PROFILE, reduce_range=False, fold=True, equalize=True)
     assert quantized_layers(source.quantize(Scheme())) == set(shapes)
     assert quantized_layers(source.quantize(Scheme(layout="dense"))) == {"point", "last"}
     assert quantized_layers(source.quantize(Scheme(layout="late"))) == {"point", "last"}
@@ -185,7 +187,7 @@ def test_a_dense_layout_leaves_out_what_int8_does_not_help(tmp_path: Path) -> No
 
 def test_bytes_are_the_same_again(source: FloatModel) -> None:
     scheme = Scheme(calibration="percentile", layout="dense")
-    again = FloatModel(onnx_bundle().model_path, feeds(), PROFILE, reduce_range=False, rewrite=True)
+    again = FloatModel(onnx_bundle().model_path, feeds(), PROFILE, reduce_range=False, fold=True, equalize=True)
     assert source.quantize(scheme).SerializeToString() == again.quantize(scheme).SerializeToString()
 
 
