@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -143,7 +144,7 @@ def _in_new_process(openers: dict[str, Opener], plan: Plan) -> dict[str, Timing]
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, openers, plan), daemon=True)
-    with _environment(OMP_NUM_THREADS=str(plan.threads)):
+    with _environment(OMP_NUM_THREADS=str(plan.threads)), _without_interrupts():
         process.start()
     sender.close()
     try:
@@ -179,8 +180,18 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process that is started within the block never hears of Ctrl-C; this one does after it, and ends the other."""
+    resource_tracker.ensure_running()  # starting it would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _child(sender: Connection, openers: dict[str, Opener], plan: Plan) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     try:
         sender.send(time_models(openers, plan))
     except KdcompressError as error:

@@ -217,13 +217,15 @@ class Session:
 
 
 class Interrupts:
-    """Takes down the first SIGINT or SIGTERM inside the block; a second one acts as it did outside.
+    """Takes down the first SIGINT and the first SIGTERM inside the block; a second of a kind acts as it did outside.
+
+    Both may come at once, from a terminal and from what watches over the run: that is one request to stop.
 
     Of several processes each may be signalled more than once, by the terminal and by torchrun, so all later ones are
     left to torchrun, which kills what has not ended after 30 seconds.
 
     Attributes:
-        received: the signal's number; 0 if there was none.
+        received: the number of the first signal; 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -241,9 +243,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _take_down(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self.received = self.received or number
         if ranks.size() == 1:
-            self.__exit__()
+            handler = self._before[signal.Signals(number)]
+            signal.signal(number, handler)  # of this kind alone: the other may be on its way
 
 
 def _numbers(values: Mapping[str, Tensor | float]) -> dict[str, float]:

@@ -36,7 +36,7 @@ from kdcompress.pipeline._rounded import Plan, make_plan, write
 from kdcompress.pipeline._source import Source, choose_profile, find_splits
 from kdcompress.pipeline._training import require_unchanged, run_training
 from kdcompress.pipeline._verdict import Limits, advice, hold_to, keep
-from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console
+from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console, resumable
 from kdcompress.recipe import Recipe, build_recipe, merge, parse_override, write_recipe
 from kdcompress.runtimes import open_bundle
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
@@ -108,8 +108,9 @@ def quantize_aware(
         between = (run.path if out is None else scratch) / "onnx-fp32"
         plan = make_plan(run, parts, chosen, between)
         result = _train(plan, run, folder, parts, speak, resume=resume)
-        made = write(plan, result, parts, folder, scratch)
-        verdict, evidence = _hold_to(plan, made, judged, limits or Limits(), scratch)
+        with resumable(folder.path):
+            made = write(plan, result, parts, folder, scratch)
+            verdict, evidence = _hold_to(plan, made, judged, limits or Limits(), scratch)
         place = out or run.path / f"onnx-int8-{chosen.name}-qat"
         again = "--resume --force"
         kept = keep(made, verdict, evidence, place, judged=judged, force=force, replace=out is None, again=again)
@@ -184,9 +185,10 @@ def _train(plan: Plan, run: RunFolder, folder: RunFolder, parts: Parts, speak: C
             with atomic_folder(folder.path, replace=True) as fresh:
                 write_recipe(parts.recipe, fresh / RECIPE_FILE)
                 RunFolder(fresh).write_facts(parts.facts)
-        answers.prepare()
-        speak.print(f"training in {folder.path}, rounded as for {plan.profile.name}")
-        result = run_training(parts, answers, folder, speak, None, resume=resume)
+        with resumable(folder.path):
+            answers.prepare()
+            speak.print(f"training in {folder.path}, rounded as for {plan.profile.name}")
+            result = run_training(parts, answers, folder, speak, None, resume=resume)
     return result.students[0].cpu()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from onnx import numpy_helper
 
-from tests.cli.conftest import Shop
+from tests.cli.conftest import Shop, must
 
 
 def gate(bundle: Path) -> dict[str, Any]:
@@ -118,6 +119,33 @@ def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Sho
     assert "train.epochs: 3 → 4" in changed.err
     shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "--restarts", "0", "--resume")
     assert (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes() == weights
+
+
+@pytest.mark.parametrize("place", ["epoch 1/3", "latency of"])
+def test_ctrl_c_says_how_to_go_on_and_the_file_is_the_same_to_the_bit(
+    shop: Shop, run: Path, tmp_path: Path, place: str
+) -> None:
+    shutil.copytree(shop.folder / "run", tmp_path / "stopped")
+    words = ("quantize", "--qat", "stopped", "--for", "ort-x86", "--force", "train.epochs=3")
+    restarts = "20" if place.startswith("latency") else "0"
+    process = shop.warm.start(*words, "--restarts", restarts, folder=tmp_path)
+    process.until(lambda: place in process.err.read_text("utf-8") + process.out.read_text("utf-8"), seconds=120)
+    process.signal(signal.SIGINT)
+    done = process.finish()
+    assert done.code == 1
+    first, second = done.error.splitlines()
+    assert first.startswith("error: stopped by SIGINT")
+    assert ("after step" in first) is place.startswith("epoch")
+    assert "run the same command with --resume to go on" in second
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "stopped" / "onnx-int8-ort-x86-qat").exists()
+    must(shop.warm.run(*words, "--restarts", "0", "--resume", folder=tmp_path))
+    for name in ("onnx-int8-ort-x86-qat", "qat/ort-x86/onnx-fp32"):
+        resumed, whole = (
+            {item.name: item.raw_data for item in onnx.load(folder / name / "model.onnx").graph.initializer}
+            for folder in (tmp_path / "stopped", run)
+        )
+        assert resumed == whole
 
 
 @pytest.mark.parametrize(

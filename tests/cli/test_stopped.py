@@ -61,6 +61,21 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_weights(shop: Shop, undisturbe
     assert logged_epochs(tmp_path / "run") == list(range(1, EPOCHS + 1))
 
 
+def test_both_signals_at_once_stop_once_with_one_line(shop: Shop, undisturbed: str, tmp_path: Path) -> None:
+    process = distill(shop, tmp_path, "--out", "run")
+    process.until(lambda: f"epoch 2/{EPOCHS}" in process.err.read_text(encoding="utf-8"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.signal(number)
+    done = process.finish()
+    assert done.code == 1
+    assert done.error.startswith("error: stopped by SIG")
+    assert len(done.error.splitlines()) == 2
+    assert "Traceback" not in done.err
+    assert "ignored" not in done.err
+    must(shop.warm.run("distill", "--resume", "--out", "run", folder=tmp_path))
+    assert weights(tmp_path / "run") == undisturbed
+
+
 def test_kill_and_resume_ends_in_the_same_weights(shop: Shop, undisturbed: str, tmp_path: Path) -> None:
     process = distill(shop, tmp_path)  # into runs/, and the newest is resumed
     process.until(lambda: f"epoch 3/{EPOCHS}" in process.err.read_text(encoding="utf-8"))
@@ -83,12 +98,14 @@ def test_a_run_killed_before_its_first_step_can_be_resumed(shop: Shop, undisturb
     assert weights(tmp_path / "run") == undisturbed
 
 
-def test_ctrl_c_while_latency_is_measured_leaves_no_report(shop: Shop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.2, 1, 3])
+def test_ctrl_c_while_latency_is_measured_leaves_no_report(shop: Shop, tmp_path: Path, seconds: float) -> None:
+    """The measuring process is starting, importing, or one of the 50 measures."""
     out = tmp_path / "report"
     words = ("report", shop.folder / "run", "--out", out, "--restarts", "50", "--batch-sizes", "1,64")
     process = shop.warm.start(*words, folder=tmp_path)
     process.until(lambda: "latency of" in process.out.read_text(encoding="utf-8"))
-    time.sleep(3)  # past the imports, into the 50 restarts
+    time.sleep(seconds)
     process.signal(signal.SIGINT)
     done = process.finish()
     assert (done.code, done.error) == (1, "error: interrupted")

@@ -1,5 +1,7 @@
 import functools
+import multiprocessing
 import os
+import signal
 import time
 
 import numpy as np
@@ -8,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from kdcompress.errors import InputError, RunError
-from kdcompress.latency import Plan, count_macs, count_params, describe_machine, measure_latency, time_models, versions
+from kdcompress.latency import (
+    Plan,
+    _without_interrupts,
+    count_macs,
+    count_params,
+    describe_machine,
+    measure_latency,
+    time_models,
+    versions,
+)
 from kdcompress.types import Predictor
 
 
@@ -106,3 +117,19 @@ def test_versions_are_those_that_run() -> None:
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
     assert found["numpy"] == np.__version__
     assert {"kdcompress", "python", "onnx", "onnxruntime"} <= set(found)
+
+
+def test_a_measuring_process_never_hears_of_ctrl_c() -> None:
+    """Else one that is still importing would show where it was."""
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    with _without_interrupts():
+        process.start()
+    assert process.pid is not None
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.02)
+    assert process.is_alive()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    process.kill()
+    process.join()

@@ -569,6 +569,27 @@ def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     assert load_state(tmp_path / "last.pt")["run"]["step"] == 0
 
 
+def test_both_signals_at_once_are_one_request_to_stop(tmp_path: Path) -> None:
+    """Python looks at all signals that have come together; a trace of a lost one would be a warning, thus an error."""
+    both = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(losses: LossTerms) -> LossTerms:
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            signal.pthread_kill(threading.get_ident(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        return losses
+
+    whole = train_labels(tmp_path / "whole")
+    before = [signal.getsignal(number) for number in both]
+    with pytest.raises(InterruptedRunError, match="stopped by SIGINT after step 3 of"):
+        train_labels(tmp_path / "parts", Failing(3, stop))
+    assert [signal.getsignal(number) for number in both] == before
+    assert load_state(tmp_path / "parts" / "last.pt")["run"]["step"] == 3
+    parts = train_labels(tmp_path / "parts", Failing(100, stop), resume=True)
+    assert_same(weights(whole), weights(parts))
+
+
 def test_an_interrupt_while_val_is_measured_is_obeyed_and_resumed(tmp_path: Path) -> None:
     whole = train_labels(tmp_path / "whole", val=tiny_images(50, seed=2))
     stopping = {"left": 1}
