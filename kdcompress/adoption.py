@@ -6,7 +6,6 @@ From there on it is a bundle as any other: linted, quantized, exported, evaluate
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from kdcompress.bundle import (
     write_bundle,
 )
 from kdcompress.errors import BundleError, InputError, ShapeError, VerificationError
-from kdcompress.files import file_digest
+from kdcompress.files import file_digest, scratch_folder
 from kdcompress.onnx_file import read_onnx
 from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
 from kdcompress.types import FeatureShape, Images
@@ -148,9 +147,9 @@ def adopt_onnx(
     _require_fit(ends, classes, image_shape, mean, std, str(path))
     channels = image_shape[0]
     preprocess = Preprocess(*image_shape, mean or (0.0,) * channels, std or (1.0,) * channels, "bilinear-crop")
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         try:
-            expected = _ask(_one_file(model, Path(scratch)), ends, images, mean, std)
+            expected = _ask(_one_file(model, scratch), ends, images, mean, std)
         except BundleError as error:  # of a copy that is gone: the file and the layers are what the user knows
             foreign = [f"{node.op_type} {node.name}" for node in model.graph.node if node.domain not in _DOMAINS]
             fix = f"export the network without {', '.join(foreign[:3])}" if foreign else ""

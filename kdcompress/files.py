@@ -4,7 +4,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,8 +90,25 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _fsync_folder(path.parent)
     except OSError as error:
         raise output_error(path, error) from error
+    except KdcompressError as error:
+        error.what, error.where = (text.replace(str(temporary), str(path)) for text in (error.what, error.where))
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, of which no known error raised in the block speaks: when it is read the folder is gone."""
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            yield Path(name)
+        except KdcompressError as error:
+            gone = re.compile(rf"(Load model from )?{re.escape(name)}[^\s:'\"]*( failed:)?\s?")
+            error.what, error.where, error.fix = (
+                gone.sub("", text).strip() for text in (error.what, error.where, error.fix)
+            )
+            raise
 
 
 def require_empty(path: Path) -> None:

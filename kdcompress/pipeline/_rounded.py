@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from kdcompress.errors import VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.export import walk
 from kdcompress.fake_quant import learned_model, learned_ranges
+from kdcompress.files import scratch_folder
 from kdcompress.networks import Student
 from kdcompress.pipeline._parts import Parts
 from kdcompress.pipeline._source import VERIFIED_IMAGES
@@ -68,8 +68,8 @@ def make_plan(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> Plan
     exported = walk(run.student(), "onnx", out, profile=profile, images=few, replace=True)
     reduce_range = profile.reduces_range(instruction_sets())
     equalized, equalization = equalize_model(exported.model_path, calibration, profile, reduce_range=reduce_range)
-    with tempfile.TemporaryDirectory() as name:
-        file = Path(name) / "equalized.onnx"
+    with scratch_folder() as scratch:
+        file = scratch / "equalized.onnx"
         file.write_bytes(equalized.SerializeToString())
         quantized = quantize_model(file, calibration, profile, reduce_range=reduce_range)
     return Plan(exported, equalized, equalization, quantized, calibration, profile, reduce_range)

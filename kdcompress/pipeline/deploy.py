@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from kdcompress.bundle import PLAIN, Bundle, Interface
 from kdcompress.errors import InputError
 from kdcompress.export import change_interface, find_target, walk
-from kdcompress.files import require_empty
+from kdcompress.files import require_empty, scratch_folder
 from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile, find_images, find_source
 from kdcompress.pipeline.base import console
 from kdcompress.quantize.fp16 import Fp16Quantizer
@@ -53,13 +52,13 @@ def export(
     plain = f"{find_target(target).makes}-{start.bundle.precision}"
     name = start.bundle.path.name if start.bundle.kind == "onnx" else plain
     folder = out or start.folder / f"{name}{interface.changes}"
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         bundle = start.bundle
         if not interface.changes:
             bundle = walk(bundle, target, folder, profile=chosen, images=images, replace=out is None)
         else:
             if bundle.kind != "onnx":
-                bundle = walk(bundle, target, Path(scratch) / plain, profile=chosen, images=images)
+                bundle = walk(bundle, target, scratch / plain, profile=chosen, images=images)
             bundle = change_interface(bundle, folder, interface, images=images, replace=out is None)
     console().print(f"{bundle.path} · {bundle.size_mb:.3f} MB · answers as {start.bundle.path.name} does")
     return bundle
@@ -92,9 +91,9 @@ def convert_to_fp16(
     images = find_images(start, data)
     bundle = start.bundle
     folder = out or start.folder / (f"onnx-int8-fp16-{chosen.name}" if bundle.precision == "int8" else "onnx-fp16")
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         if bundle.kind == "torch":
-            between = (start.folder if out is None else Path(scratch)) / f"onnx-{bundle.precision}"
+            between = (start.folder if out is None else scratch) / f"onnx-{bundle.precision}"
             few = images[:VERIFIED_IMAGES]
             bundle = walk(bundle, "onnx", between, profile=chosen, images=few, replace=True)
         made = Fp16Quantizer(autocast).run(bundle, images, folder, profile=chosen, replace=out is None)

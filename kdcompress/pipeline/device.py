@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from kdcompress.device_bundle import Card, write_device_bundle
 from kdcompress.errors import InputError, RunError
 from kdcompress.export import walk
 from kdcompress.export.trt import TARGET
-from kdcompress.files import require_empty
+from kdcompress.files import require_empty, scratch_folder
 from kdcompress.pipeline._source import VERIFIED_IMAGES, Source, choose_profile, find_images, find_source
 from kdcompress.pipeline.base import console
 from kdcompress.profiles import Profile
@@ -109,8 +108,8 @@ def export_device(
         fix = "give the run, or the ONNX bundle it was built from"
         raise InputError("an engine belongs to the GPU it was built on", where=str(start.bundle.path), fix=fix)
     folder = out or start.folder / f"device-{chosen.name}"
-    with tempfile.TemporaryDirectory() as scratch:
-        place = start.folder if out is None else Path(scratch)
+    with scratch_folder() as scratch:
+        place = start.folder if out is None else scratch
         flavours = find_flavours(start, chosen, place=place, data=data)
         images = find_images(start, data)[:golden_images] if golden_images else None
         write_device_bundle(

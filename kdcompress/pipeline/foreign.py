@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from kdcompress.bundle import BUNDLE_FILE, read_bundle
 from kdcompress.data import load_splits, unit_interval
 from kdcompress.errors import InputError
 from kdcompress.evaluate import wilson_interval
-from kdcompress.files import file_digest
+from kdcompress.files import file_digest, scratch_folder
 from kdcompress.onnx_file import read_onnx
 from kdcompress.pipeline.base import console
 from kdcompress.runtimes import open_bundle
@@ -71,8 +70,8 @@ def as_bundle(
     images = unit_interval(split.images.load(split.ids))
     if mean is None and std is None:
         mean, std = _told_before(source, precision_of(model))
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = source.with_suffix("") if keep else Path(scratch)
+    with scratch_folder() as scratch:
+        folder = source.with_suffix("") if keep else scratch
         bundle = adopt_onnx(
             source,
             folder / f"onnx-{precision_of(model)}",

@@ -14,7 +14,6 @@ The file then goes before the same gate as one that was quantized after training
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from kdcompress.bundle import BUNDLE_FILE, Bundle
 from kdcompress.checkpoint import LAST, load_state
 from kdcompress.errors import InputError, OutputError, RecipeError
 from kdcompress.fake_quant import prepare_student
-from kdcompress.files import atomic_folder, require_empty
+from kdcompress.files import atomic_folder, require_empty, scratch_folder
 from kdcompress.gate import Verdict
 from kdcompress.networks import Student
 from kdcompress.pipeline._answers import open_answers
@@ -103,8 +102,7 @@ def quantize_aware(
     if parts.facts.data_digest != run.facts.data_digest:
         raise InputError("the data is not what the run was trained on", where=str(run.path), fix="give back the same")
     judged = judged_images(splits or parts.splits, run.facts.student_saw_val, picks=False)
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+    with scratch_folder() as scratch:
         between = (run.path if out is None else scratch) / "onnx-fp32"
         plan = make_plan(run, parts, chosen, between)
         result = _train(plan, run, folder, parts, speak, resume=resume)

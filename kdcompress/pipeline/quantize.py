@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from kdcompress.bundle import Bundle
 from kdcompress.data import Splits, build_views, pick_views, unit_interval
 from kdcompress.errors import InputError
 from kdcompress.export import walk
-from kdcompress.files import require_empty
+from kdcompress.files import require_empty, scratch_folder
 from kdcompress.networks import TeacherEnsemble
 from kdcompress.pipeline._gate import (
     JudgedImages,
@@ -108,8 +107,7 @@ def quantize(
     saw = start.run.facts.student_saw_val if start.run and data is None else student_saw(start.bundle, splits.val)
     judged = judged_images(splits, saw, picks=mixed or calibration == "auto")
     folder = out or start.folder / f"onnx-int8-{chosen.name}"
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+    with scratch_folder() as scratch:
         bundle = start.bundle
         if bundle.kind == "torch":
             between = (start.folder if out is None else scratch) / f"onnx-{bundle.precision}"

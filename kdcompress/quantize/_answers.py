@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from kdcompress.bundle import PLAIN, Interface
 from kdcompress.errors import VerificationError
+from kdcompress.files import scratch_folder
 from kdcompress.onnx_graph import ModelProto
 from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
 from kdcompress.types import Images, Logits
@@ -30,8 +29,8 @@ def predict(content: bytes, images: Images, interface: Interface = PLAIN) -> Log
     Raises:
         VerificationError: the model does not run, or answers with numbers that are not finite.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch_folder() as folder:
+        path = folder / "model.onnx"
         path.write_bytes(content)
         session = open_session(path)
         logits = torch.cat([run_session(session, part, interface) for part in torch.split(images, _BATCH)])
@@ -50,8 +49,8 @@ def batches(images: Images, interface: Interface = PLAIN) -> Iterator[NDArray[An
 
 def answer_feeds(model: ModelProto, feeds: Iterable[NDArray[Any]]) -> Logits:
     """What an ONNX model answers to batches of images as it takes them; of probabilities their logarithms."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch_folder() as folder:
+        path = folder / "model.onnx"
         path.write_bytes(model.SerializeToString())
         session = open_session(path)
     name = session.get_outputs()[0].name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from kdcompress import onnx_graph
 from kdcompress.bundle import Interface
 from kdcompress.errors import InputError, RunError, VerificationError
+from kdcompress.files import scratch_folder
 from kdcompress.runtimes.onnxruntime_runtime import first_line
 from kdcompress.types import Images
 
@@ -37,8 +37,8 @@ def run_autocast(python: Path, path: Path, images: Images, interface: Interface)
     """
     import onnx
 
-    with tempfile.TemporaryDirectory() as folder:
-        data, written = Path(folder) / "images.npz", Path(folder) / "fp16.onnx"
+    with scratch_folder() as folder:
+        data, written = folder / "images.npz", folder / "fp16.onnx"
         np.savez(data, images=interface.feed(images[: interface.batch or len(images)]))
         command = [
             str(python.absolute()) if len(python.parts) > 1 else str(python),

@@ -12,7 +12,6 @@ activations are found once for each way of calibrating:
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -25,6 +24,7 @@ from kdcompress import onnx_graph
 from kdcompress.equalization import Equalization, Rounding, equalize, read_tensors
 from kdcompress.errors import VerificationError
 from kdcompress.evaluate import divergence
+from kdcompress.files import scratch_folder
 from kdcompress.onnx_graph import ModelProto, NodeProto
 from kdcompress.profiles import Profile
 from kdcompress.quantize._answers import answer_feeds
@@ -261,14 +261,14 @@ class FloatModel:
                 return None if feed is None else {"images": feed}
 
         methods = {"minmax": Method.MinMax, "entropy": Method.Entropy, "percentile": Method.Percentile}
-        with tempfile.TemporaryDirectory() as folder:
-            plain = Path(folder) / "plain.onnx"
+        with scratch_folder() as folder:
+            plain = folder / "plain.onnx"
             try:
                 onnx.save(self._model, plain)
                 calibrator = create_calibrator(
                     plain,
                     list(self.profile.operators),
-                    augmented_model_path=str(Path(folder) / "augmented.onnx"),
+                    augmented_model_path=str(folder / "augmented.onnx"),
                     calibrate_method=methods[method],
                     extra_options={"symmetric": self.profile.symmetric and method != "minmax"},
                 )

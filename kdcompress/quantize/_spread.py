@@ -5,9 +5,7 @@ The runtime picks them itself: all activations of all images would fill the memo
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from kdcompress import onnx_graph
 from kdcompress.equalization import Spread
+from kdcompress.files import scratch_folder
 from kdcompress.onnx_graph import ModelProto
 from kdcompress.runtimes.onnxruntime_runtime import open_session
 
@@ -71,8 +70,8 @@ def measure_spreads(model: ModelProto, names: Sequence[str], feeds: Sequence[NDA
         graph.output.extend(helper.make_tensor_value_info(one, TensorProto.FLOAT, None) for one in parts[2:])
     images = sum(len(feed) for feed in feeds)
     found: dict[str, list[Spread]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "watched.onnx"
+    with scratch_folder() as folder:
+        path = folder / "watched.onnx"
         onnx.save(watched, path)
         session = open_session(path)
         seen = 0

@@ -9,7 +9,6 @@ Of an INT8 bundle the rest becomes fp16, scales included; that needs opset 19.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from kdcompress.bundle import (
 )
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.evaluate import agreement
+from kdcompress.files import scratch_folder
 from kdcompress.profiles import Profile
 from kdcompress.quantize._answers import batches, images_digest, predict, quiet
 from kdcompress.quantize._autocast import run_autocast
@@ -205,8 +205,8 @@ def largest_values(model: Any, images: Images, interface: Interface = PLAIN) -> 
     shown.CopyFrom(model)
     del shown.graph.output[:]
     shown.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch_folder() as folder:
+        path = folder / "model.onnx"
         path.write_bytes(shown.SerializeToString())
         session = open_session(path)
         for batch in batches(images, interface):

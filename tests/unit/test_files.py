@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from kdcompress.errors import OutputError
-from kdcompress.files import atomic_folder, atomic_write, file_digest
+from kdcompress.errors import BundleError, OutputError
+from kdcompress.files import atomic_folder, atomic_write, file_digest, scratch_folder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -38,6 +38,28 @@ def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stop"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_error_speaks_of_a_folder_that_is_gone(tmp_path: Path) -> None:
+    def fail() -> None:
+        with scratch_folder() as folder:
+            made.append(folder)
+            what = f"not taken: [1] : FAIL : Load model from {folder}/deep/a.onnx failed:No Op Foo (see '{folder}/b')"
+            raise BundleError(what, where=str(folder / "a.onnx"), fix="another")
+
+    made: list[Path] = []
+    with pytest.raises(BundleError) as caught:
+        fail()
+    assert not made[0].exists()
+    assert str(caught.value) == "not taken: [1] : FAIL : No Op Foo (see '')\nanother"
+
+    def fail_beside() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            raise BundleError(f"{folder} is damaged", where=str(folder / "a.onnx"))
+
+    with pytest.raises(BundleError) as caught:
+        fail_beside()
+    assert str(caught.value) == f"{tmp_path}/out is damaged\n{tmp_path}/out/a.onnx"
 
 
 def test_a_folder_that_is_not_empty_is_refused_unless_it_is_to_be_replaced(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from kdcompress.errors import VerificationError
+from kdcompress.errors import BundleError, VerificationError
 from kdcompress.profiles import PROFILES
+from kdcompress.quantize._answers import predict
 from kdcompress.quantize._fold import fold_normalisation
 from kdcompress.quantize._ptq import FloatModel
 from kdcompress.quantize.base import Scheme
@@ -86,6 +87,22 @@ def test_values_that_are_not_finite_are_refused() -> None:
         FloatModel(onnx_bundle().model_path, broken, PROFILE, reduce_range=False, fold=True, equalize=True).extremes(
             "minmax"
         )
+
+
+def test_a_layer_that_nobody_knows_is_named_with_the_file_and_no_other(tmp_path: Path) -> None:
+    model = onnx.load(onnx_bundle().model_path)
+    last = model.graph.node[-1]
+    model.graph.node.append(helper.make_node("Strange", ["before"], [last.output[0]], domain="of.mine"))
+    model.opset_import.append(helper.make_opsetid("of.mine", 1))
+    last.output[0] = "before"
+    onnx.save(model, tmp_path / "strange.onnx")
+    with pytest.raises(VerificationError, match=r"of\.mine:Strange") as caught:
+        FloatModel(tmp_path / "strange.onnx", feeds(), PROFILE, reduce_range=False).extremes("minmax")
+    assert caught.value.where == str(tmp_path / "strange.onnx")
+    assert ".onnx" not in caught.value.what
+    with pytest.raises(BundleError, match=r"of\.mine:Strange") as gone:
+        predict(model.SerializeToString(), digits()[0][:8])
+    assert ".onnx" not in str(gone.value)
 
 
 def test_an_opset_without_scales_for_channels_is_named(tmp_path: Path) -> None:
