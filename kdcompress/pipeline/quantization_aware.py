@@ -224,4 +224,6 @@ def _hold_to(
     if before is not None and verdict.drop is not None:
         console().print(f"top-1 drops without training by {before.told}, with it by {verdict.drop.told}")
         evidence["without_training"] = asdict(before)
+        if verdict.drop.value >= before.value:
+            console().print("note: the training did not help; kdcompress quantize without --qat makes the file of before")
     return verdict, evidence

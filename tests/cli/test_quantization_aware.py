@@ -31,6 +31,9 @@ def run(shop: Shop) -> Path:
     assert "rounded/onnx-int8-ort-x86-qat" in said
     assert "top-1 drops without training by" in said
     assert "gate · unmeasured on target" in said
+    found = gate(folder / "onnx-int8-ort-x86-qat")
+    helped = found["verdict"]["drop"]["value"] < found["evidence"]["without_training"]["value"]
+    assert ("the training did not help" in said) != helped
     return folder
 
 
