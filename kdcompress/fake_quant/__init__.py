@@ -11,6 +11,6 @@ of a depthwise-separable network the largest eigenvalue of the loss' Hessian is 
 statistics frozen, and 2,758 with their factors in the weights. Dropout and the like are gone, as in the file.
 """
 
-from kdcompress.fake_quant._student import learned_model, learned_ranges, prepare_student
+from kdcompress.fake_quant._student import count_fixed_norms, learned_model, learned_ranges, prepare_student
 
-__all__ = ["learned_model", "learned_ranges", "prepare_student"]
+__all__ = ["count_fixed_norms", "learned_model", "learned_ranges", "prepare_student"]

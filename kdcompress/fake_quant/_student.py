@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from kdcompress.equalization import Equalization
@@ -72,6 +73,19 @@ def prepare_student(
         in_channels=student.in_channels,
         stages=tuple(student.feature_shapes),
     )
+
+
+def count_fixed_norms(before: Student, student: Student) -> tuple[int, int]:
+    """How many batch norms of a student keep their statistics when it is trained rounded, and how many it has.
+
+    They have no convolution of their own right before them, or the export made something else of both.
+
+    Args:
+        before: as it was exported.
+        student: what `prepare_student` made of it.
+    """
+    total = sum(isinstance(module, _BatchNorm) for module in before.network.modules())
+    return total - sum(layer.norm is not None for layer in _network(student).layers()), total
 
 
 def learned_ranges(student: Student) -> dict[str, tuple[float, int]]:

@@ -24,7 +24,7 @@ from rich.console import Console
 from kdcompress.bundle import BUNDLE_FILE, Bundle
 from kdcompress.checkpoint import LAST, load_state
 from kdcompress.errors import InputError, OutputError, RecipeError
-from kdcompress.fake_quant import prepare_student
+from kdcompress.fake_quant import count_fixed_norms, prepare_student
 from kdcompress.files import atomic_folder, require_empty, scratch_folder
 from kdcompress.gate import Verdict
 from kdcompress.networks import Student
@@ -174,6 +174,8 @@ def _train(plan: Plan, run: RunFolder, folder: RunFolder, parts: Parts, speak: C
     student = prepare_student(
         start.student, exported, plan.quantized, reduce_range=plan.reduce_range, equalization=plan.equalization
     )
+    if note := note_of_norms(*count_fixed_norms(start.student, student)):
+        speak.print(f"note: {note}")
     parts = replace(parts, students=(replace(start, student=student),))
     with contextlib.closing(open_answers(parts, speak)) as answers:
         parts = replace(parts, teachers=())
@@ -188,6 +190,16 @@ def _train(plan: Plan, run: RunFolder, folder: RunFolder, parts: Parts, speak: C
             speak.print(f"training in {folder.path}, rounded as for {plan.profile.name}")
             result = run_training(parts, answers, folder, speak, None, resume=resume)
     return result.students[0].cpu()
+
+
+def note_of_norms(fixed: int, total: int) -> str:
+    """What is to be said where batch norms of the student are not trained as such; "" where all are."""
+    if not fixed:
+        return ""
+    return (
+        f"{fixed} of {total} batch norms stay as they are in the file, because no convolution of their own stands "
+        "right before them: they keep the run's statistics; if the loss rises, take a smaller train.lr"
+    )
 
 
 def _take_over_method(parts: Parts, run: RunFolder, speak: Console) -> None:

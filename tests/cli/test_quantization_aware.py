@@ -10,10 +10,12 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 import yaml
 from onnx import numpy_helper
 
-from tests.cli.conftest import Shop, must
+from kdcompress.checkpoint import load_state, save_state
+from tests.cli.conftest import SHORT, Shop, must
 
 
 def gate(bundle: Path) -> dict[str, Any]:
@@ -124,6 +126,42 @@ def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Sho
     assert (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes() == weights
 
 
+def test_what_a_method_learned_is_taken_over_unless_it_is_of_another_version(shop: Shop, tmp_path: Path) -> None:
+    """By a training whose steps are too small to move its regressors."""
+    teachers = [shop.folder / name / "model.pt" for name in "ab"]
+    words = ("distill", "--teachers", *teachers, "--student", "resnet8", "--init", "random", "--method", "fitnet-mkd")
+    must(shop.warm.run(*words, "--out", "same", "train.epochs=1", *SHORT, folder=tmp_path))
+    learned = regressors(tmp_path / "same")
+    for name in ("gone", "other"):
+        shutil.copytree(tmp_path / "same", tmp_path / name)
+    (tmp_path / "gone" / "last.pt").unlink()
+    state = load_state(tmp_path / "other" / "last.pt")
+    widest = max(learned, key=lambda name: learned[name].numel())
+    state["run"]["methods"][0][widest] = learned[widest].repeat_interleave(2, 0)
+    save_state(tmp_path / "other" / "last.pt", state)
+    for name, notes in (
+        ("same", []),
+        ("gone", ["note: gone/last.pt is gone, so what fitnet-mkd itself learned starts anew"]),
+        ("other", ["note: what fitnet-mkd learned in other is of another version of it, and starts anew"]),
+    ):
+        words = ("quantize", "--qat", name, "--for", "ort-x86", "--restarts", "0", "train.epochs=1", "train.lr=1e-12")
+        said = must(shop.warm.run(*words, folder=tmp_path))
+        assert [line for line in said.splitlines() if "starts anew" in line] == notes
+        found = regressors(tmp_path / name / "qat" / "ort-x86")
+        kept = [torch.allclose(found[key], value, atol=1e-6) for key, value in learned.items() if value.ndim > 1]
+        assert kept == [name == "same"] * len(kept) != []
+
+
+def regressors(run: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_state(run / "last.pt")["run"]["methods"][0]
+    return found
+
+
+def weights_of(run: Path) -> dict[str, bytes]:
+    graph = onnx.load(run / "qat" / "ort-x86" / "onnx-fp32" / "model.onnx").graph
+    return {item.name: item.raw_data for item in graph.initializer}
+
+
 @pytest.mark.parametrize("place", ["epoch 1/3", "latency of"])
 def test_ctrl_c_says_how_to_go_on_and_the_file_is_the_same_to_the_bit(
     shop: Shop, run: Path, tmp_path: Path, place: str
@@ -143,12 +181,10 @@ def test_ctrl_c_says_how_to_go_on_and_the_file_is_the_same_to_the_bit(
     assert "Traceback" not in done.err
     assert not (tmp_path / "stopped" / "onnx-int8-ort-x86-qat").exists()
     must(shop.warm.run(*words, "--restarts", "0", "--resume", folder=tmp_path))
-    for name in ("onnx-int8-ort-x86-qat", "qat/ort-x86/onnx-fp32"):
-        resumed, whole = (
-            {item.name: item.raw_data for item in onnx.load(folder / name / "model.onnx").graph.initializer}
-            for folder in (tmp_path / "stopped", run)
-        )
-        assert resumed == whole
+    assert weights_of(tmp_path / "stopped") == weights_of(run)
+    files = [folder / "onnx-int8-ort-x86-qat" / "model.onnx" for folder in (tmp_path / "stopped", run)]
+    graphs = [[item.raw_data for item in onnx.load(file).graph.initializer] for file in files]
+    assert graphs[0] == graphs[1]
 
 
 @pytest.mark.parametrize(

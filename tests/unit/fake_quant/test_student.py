@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from kdcompress.bundle import Preprocess
 from kdcompress.errors import InputError
 from kdcompress.export.onnx import write_onnx
-from kdcompress.fake_quant import learned_model, learned_ranges, prepare_student
+from kdcompress.fake_quant import count_fixed_norms, learned_model, learned_ranges, prepare_student
 from kdcompress.fake_quant._graph import tensors
 from kdcompress.models import build_network
 from kdcompress.networks import Student
@@ -262,6 +262,43 @@ def test_a_feature_map_is_not_taken_for_the_step_before_it(tmp_path: Path) -> No
 def test_networks_of_the_zoo(arch: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     check(wrapped(build_network(arch, num_classes=5, in_channels=3, image_size=64), 64), tmp_path)
+
+
+class NormsFirst(nn.Module):
+    """One batch norm behind its convolution, two before the next layer, as a densenet has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.before, self.second = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.classifier = nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = F.relu(self.norm(self.first(images)))
+        values = values + self.second(F.relu(self.before(values)))
+        logits: torch.Tensor = self.classifier(F.relu(self.last(values)).mean((2, 3)))
+        return logits
+
+
+def test_batch_norms_that_stay_as_they_are_are_counted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = NormsFirst().eval()
+    for norm in (network.norm, network.before, network.last):
+        norm.load_state_dict({"running_mean": torch.randn(8), "running_var": 0.5 + torch.rand(8)}, strict=False)
+    before = Student(
+        network,
+        Preprocess(1, 8, 8, (0.5,), (0.25,)),
+        arch="norms first",
+        arch_args={},
+        num_classes=10,
+        in_channels=1,
+        stages=("norm", "last"),
+    )
+    write_onnx(before.deployable(), (1, 8, 8), tmp_path / "model.onnx", opset=18, metadata={})
+    model = quantize_model(tmp_path / "model.onnx", digits()[0][:100], get_profile("ort-x86"), reduce_range=False)
+    student = prepare_student(before, onnx.load(tmp_path / "model.onnx"), model)
+    assert count_fixed_norms(before, student) == (2, 3)
+    assert count_fixed_norms(trained_student(), rounded())[0] == 0
 
 
 def test_a_layer_that_cannot_be_trained_is_named_in_one_line() -> None:
