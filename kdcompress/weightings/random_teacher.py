@@ -43,11 +43,20 @@ class RandomTeacher(Weighting):
     def __init__(self, shapes: NetworkShapes) -> None:
         super().__init__(shapes)
         self.register_buffer("seed", torch.randint(RESOLUTION, ()))
+        self._read: tuple[Tensor, int, int] | None = None
 
     def forward(self, step: Step) -> TeacherWeights:
         """All weight on the teacher drawn."""
         teachers = teachers_of(step)
-        lot = random.Random(int(self.seed) ^ round(step.progress * RESOLUTION))  # torch's reads 32 bits of a seed
+        lot = random.Random(self._number() ^ round(step.progress * RESOLUTION))  # torch's reads 32 bits of a seed
         chosen = lot.choice(sorted(teachers.teacher_ids))
-        row = [float(teacher == chosen) for teacher in teachers.teacher_ids]
-        return torch.tensor(row, device=teachers.logits.device).expand(len(step.labels), -1)
+        weights = torch.zeros(len(step.labels), len(teachers.teacher_ids), device=teachers.logits.device)
+        weights[:, teachers.teacher_ids.index(chosen)] = 1.0
+        return weights
+
+    def _number(self) -> int:
+        """The seed, read from its device only when it has changed: to read is to wait for the device."""
+        version = self.seed._version
+        if self._read is None or self._read[0] is not self.seed or self._read[1] != version:
+            self._read = (self.seed, version, int(self.seed))
+        return self._read[2]
