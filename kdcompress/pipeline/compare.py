@@ -101,10 +101,12 @@ def compare(
         folder = out or newest()
         plan = with_seeds(Plan.read(folder), seeds)
         require_same_command(plan.command, command)
-        materials = open_materials(plan.contenders[0].recipe, speak)
-        if materials.splits.digest != plan.data_digest:
-            raise InputError("the data is not what the comparison began with", where=str(folder), fix="the same data")
-        parts = prepare_all(plan.contenders, materials, offline)
+        with resumable(folder):
+            materials = open_materials(plan.contenders[0].recipe, speak)
+            if materials.splits.digest != plan.data_digest:
+                what = "the data is not what the comparison began with"
+                raise InputError(what, where=str(folder), fix="the same data")
+            parts = prepare_all(plan.contenders, materials, offline)
     else:
         if out is not None:
             require_empty(out)

@@ -65,7 +65,8 @@ def distill(
         if finished:
             speak.print(f"{run.path} is finished; its student is in {run.path / STUDENT}")
             return run
-        return carry_out(asked, run.path, speak, stopped=run, offline=offline)
+        with resumable(run.path):
+            return carry_out(asked, run.path, speak, stopped=run, offline=offline)
     if out is not None and ranks.leads():
         require_empty(out)
     content = merge(read_recipe(recipe) if recipe else {}, changes)
