@@ -28,12 +28,13 @@ from kdcompress.files import scratch_folder
 from kdcompress.onnx_graph import ModelProto, NodeProto
 from kdcompress.profiles import Profile
 from kdcompress.quantize._answers import answer_feeds
+from kdcompress.quantize._bias import correct_biases, correctable
 from kdcompress.quantize._float_layers import guard_float_layers
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
 from kdcompress.quantize._prepare import hold_constants, name_nodes, part_constants, spread_biases
 from kdcompress.quantize._saturation import cut_saturated
-from kdcompress.quantize._spread import measure_spreads
+from kdcompress.quantize._spread import measure_means, measure_spreads
 from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
 from kdcompress.runtimes.onnxruntime_runtime import first_line
 
@@ -57,8 +58,9 @@ class FloatModel:
         reduce_range: whether weights get 7 bits.
         ranges: scales and zero points that a training has learned.
         fold: the normalisation moves into the first convolution where it can (`_fold`).
-        equalize: channels are equalized (`equalization`) where INT8 then answers more like fp32 on the calibration
-            images; fp32 answers the same.
+        equalize: channels are equalized (`equalization`), which does not change what fp32 answers.
+        correct: biases take back what rounded weights shift (`_bias`). Each of these two only where INT8 then answers
+            more like fp32 on the calibration images.
 
     Raises:
         VerificationError: this is not a graph that can be quantized.
@@ -74,6 +76,7 @@ class FloatModel:
         ranges: Ranges | None = None,
         fold: bool = False,
         equalize: bool = False,
+        correct: bool = False,
     ) -> None:
         import onnx
 
@@ -83,6 +86,9 @@ class FloatModel:
         self._reduce_range = reduce_range
         self._learned = dict(ranges or {})
         self._extremes: dict[CalibrationMethod, Extremes] = {}
+        self._means: Mapping[str, NDArray[np.float64]] | None = None
+        self._corrects = False
+        self.equalization = Equalization()
         try:
             model = onnx.load(path)
             onnx_graph.require_flat(model)
@@ -100,7 +106,13 @@ class FloatModel:
             fix = f"export it again with opset {onnx_graph.CHANNEL_SCALES_OPSET} or later"
             raise VerificationError(what, where=str(path), fix=fix)
         self._rows = () if profile.skip_only else find_rows(self._model)
-        self.equalization = self._equalize() if equalize and profile.per_channel else Equalization()
+        if profile.per_channel and (equalize or correct):
+            try:
+                self._improve(equalize=equalize, correct=correct)
+            except VerificationError:
+                raise
+            except Exception as error:  # the runtime raises what any part of it raises
+                raise _refused(path, error) from error
 
     @property
     def model(self) -> ModelProto:
@@ -154,10 +166,13 @@ class FloatModel:
             for name, (low, high) in self.extremes(scheme.calibration).items()
         }
         operators, spared = self._layout(scheme.layout)
+        corrected = self.corrected(scheme, only)
         in_fp32 = profile.operators if profile.skip_only else _IN_FP32
         try:
             model = onnx.ModelProto()
             model.CopyFrom(self._model)
+            if corrected:
+                correct_biases(model, corrected, self._find_means(), reduce_range=self._reduce_range)
             if scheme.layout == "packed" and only is None:
                 same = pack_rows(model, [row for row in self._rows if row.node not in scheme.keep])
                 pairs |= {new: pairs[old] for new, old in same.items() if old in pairs}
@@ -193,26 +208,54 @@ class FloatModel:
             raise _refused(self.path, error) from error
         return model
 
-    def _equalize(self) -> Equalization:
-        """Equalizes channels if that makes INT8 better on the calibration images; answers the factors."""
+    def corrected(self, scheme: Scheme, only: str | None = None) -> tuple[str, ...]:
+        """The layers whose biases are changed; as for `quantize`."""
+        if not self._corrects:
+            return ()
+        left = {*self._layout(scheme.layout)[1], *scheme.keep}
+        rounded = [name for name in self.layers() if name not in left] if only is None else [only]
+        return tuple(node.name for node in correctable(self._model, rounded))
+
+    def _find_means(self) -> Mapping[str, NDArray[np.float64]]:
+        """Of what all layers read."""
+        if self._means is None:
+            names = [node.input[0] for node in correctable(self._model, self.layers())]
+            self._means = measure_means(self._model, tuple(dict.fromkeys(names)), self._feeds)
+        return self._means
+
+    def _improve(self, *, equalize: bool, correct: bool) -> None:
+        """Corrects biases and equalizes channels, each if INT8 then answers more like fp32 on the calibration images.
+
+        What is rounded by how much is luck, so that what helps on average may harm one network. The same roundings are
+        made for other images: a few hundred tell.
+        """
+        fp32 = answer_feeds(self._model, self._feeds)
+
+        def distance() -> float:
+            return divergence(fp32, answer_feeds(self.quantize(Scheme()), self._feeds))
+
+        nearest = distance()
+        if correct:
+            self._corrects = True
+            found = distance()
+            self._corrects, nearest = found < nearest, min(nearest, found)
+        model, factors = self._equalized() if equalize else (self._model, Equalization())
+        if factors.columns:
+            before = self._model, self._extremes, self._means
+            self._model, self._extremes, self._means = model, {}, None
+            if distance() < nearest:
+                self.equalization = factors
+            else:
+                self._model, self._extremes, self._means = before
+
+    def _equalized(self) -> tuple[ModelProto, Equalization]:
         import onnx
 
-        before, changed = self._model, onnx.ModelProto()
-        changed.CopyFrom(before)
-        kept = frozenset(kept_float(changed, self.profile))
-        try:
-            spreads = measure_spreads(changed, read_tensors(changed), self._feeds)
-        except Exception as error:  # the runtime raises what any part of it raises
-            raise _refused(self.path, error) from error
-        found = equalize(changed, spreads, Rounding(self.profile.symmetric, self._reduce_range, kept))
-        if not found.columns:
-            return found
-        fp32, plain = (answer_feeds(model, self._feeds) for model in (before, self.quantize(Scheme())))
-        extremes, self._extremes, self._model = self._extremes, {}, changed
-        if divergence(fp32, answer_feeds(self.quantize(Scheme()), self._feeds)) < divergence(fp32, plain):
-            return found
-        self._extremes, self._model = extremes, before
-        return Equalization()
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        spreads = measure_spreads(model, read_tensors(model), self._feeds)
+        kept = frozenset(kept_float(model, self.profile))
+        return model, equalize(model, spreads, Rounding(self.profile.symmetric, self._reduce_range, kept))
 
     def _alone(self, name: str) -> list[str]:
         """A layer and the activation behind it: rounded before that, it would have to span what that cuts off."""

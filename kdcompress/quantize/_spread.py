@@ -44,9 +44,7 @@ def measure_spreads(model: ModelProto, names: Sequence[str], feeds: Sequence[NDA
     watched.CopyFrom(model)
     graph = watched.graph
     del graph.output[:]
-    stem = "equalize"
-    while any(stem in name for node in graph.node for name in (*node.input, *node.output)):
-        stem += "_"
+    stem = _fresh(model)
     flat, axes = f"{stem}_flat", f"{stem}_axes"
     graph.initializer.append(numpy_helper.from_array(np.array([0, 0, -1], np.int64), flat))
     if as_input := onnx_graph.opset_of(model) >= _AXES_AS_INPUT:
@@ -83,6 +81,53 @@ def measure_spreads(model: ModelProto, names: Sequence[str], feeds: Sequence[NDA
                 found[name].append(Spread(lowest, highest, some[-seen % each :: each]))
             seen += len(feed)
     return {name: _together(spreads) for name, spreads in found.items()}
+
+
+def measure_means(
+    model: ModelProto, names: Sequence[str], feeds: Sequence[NDArray[Any]]
+) -> dict[str, NDArray[np.float64]]:
+    """The mean of each channel of activations over the images and their positions.
+
+    Args:
+        model: a graph with the input `images` and inferred shapes.
+        names: the activations, of two or more dimensions.
+        feeds: batches of images.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    if not names:
+        return {}
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    graph, ranks = watched.graph, onnx_graph.ranks(model)
+    del graph.output[:]
+    stem = _fresh(model)
+    for number, name in enumerate(names):
+        mean = f"{stem}_{number}_mean"
+        operator = "GlobalAveragePool" if ranks[name] > 2 else "Identity"
+        graph.node.append(helper.make_node(operator, [name], [mean]))
+        graph.output.append(helper.make_tensor_value_info(mean, TensorProto.FLOAT, None))
+    sums = [np.float64(0)] * len(names)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "watched.onnx"
+        onnx.save(watched, path)
+        session = open_session(path)
+        for feed in feeds:
+            answers = session.run(None, {"images": feed})
+            sums = [
+                sofar + each.astype(np.float64).sum(0).reshape(-1) for sofar, each in zip(sums, answers, strict=True)
+            ]
+    images = sum(len(feed) for feed in feeds)
+    return {name: np.asarray(total / images) for name, total in zip(names, sums, strict=True)}
+
+
+def _fresh(model: ModelProto) -> str:
+    """What no tensor's name has in it."""
+    stem = "spread"
+    while any(stem in name for node in model.graph.node for name in (*node.input, *node.output)):
+        stem += "_"
+    return stem
 
 
 def _together(spreads: Sequence[Spread]) -> Spread:

@@ -76,6 +76,7 @@ class Int8Source:
                 ranges=ranges,
                 fold=not ranges,  # a graph with learned ranges stays as it was trained
                 equalize=not ranges,
+                correct=not ranges,
             )
 
     def layers(self) -> dict[str, str]:
@@ -150,6 +151,7 @@ class Int8Source:
             kept_fp32=[names.get(name, name) for name in scheme.keep],
             normalisation_folded=self._model.folded,
             equalized_layers=len(self._model.equalization.columns),
+            corrected_biases=len(self._model.corrected(scheme)),
             calibration={
                 "method": scheme.calibration,
                 "images": len(self._calibration),

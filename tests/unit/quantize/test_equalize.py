@@ -12,7 +12,7 @@ from torch import Tensor
 from kdcompress.bundle import Bundle, Interface, provenance_step
 from kdcompress.equalization import Equalization, Rounding, Spread, equalize, read_tensors
 from kdcompress.errors import ShapeError
-from kdcompress.export import find_target
+from kdcompress.export import change_interface, find_target
 from kdcompress.fake_quant import learned_model, learned_ranges, prepare_student
 from kdcompress.networks import save_student
 from kdcompress.profiles import get_profile
@@ -20,7 +20,7 @@ from kdcompress.quantize._spread import measure_spreads
 from kdcompress.quantize.base import Scheme
 from kdcompress.quantize.int8 import Int8Source, equalize_model, quantize_model
 from kdcompress.runtimes.onnxruntime_runtime import open_session
-from tests.unit.deployed import CLASSES, badly_scaled, digits, onnx_bundle, student_bundle
+from tests.unit.deployed import CLASSES, badly_scaled, digits, onnx_bundle
 
 TESTED = slice(1200, None)
 
@@ -100,13 +100,7 @@ def test_factors_that_make_the_answers_worse_are_not_taken(monkeypatch: pytest.M
 
 
 def test_a_file_of_large_batches_names_both_numbers(tmp_path: Path) -> None:
-    bundle = find_target("onnx").run(
-        student_bundle(tmp_path / "student"),
-        tmp_path / "onnx",
-        profile=get_profile("ort-x86"),
-        images=digits()[0][:40],
-        interface=Interface(batch=16),
-    )
+    bundle = change_interface(onnx_bundle(), tmp_path / "onnx", Interface(batch=16), images=digits()[0][:40])
     with pytest.raises(ShapeError, match="9 images to calibrate on, the file takes 16 at once"):
         Int8Source(bundle, digits()[0][:9], profile=get_profile("ort-x86"))
 

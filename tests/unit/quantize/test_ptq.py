@@ -195,7 +195,7 @@ def test_a_dense_layout_leaves_out_what_int8_does_not_help(tmp_path: Path) -> No
     ]
     onnx.save(small_model(nodes, arrays, 3), tmp_path / "model.onnx")
     images = random.random((2, 3, 7, 9), dtype=np.float32)
-    source = FloatModel(tmp_path / "model.onnx", [images], PROFILE, reduce_range=False, fold=True, equalize=True)
+    source = FloatModel(tmp_path / "model.onnx", [images], PROFILE, reduce_range=False, fold=True)
     assert quantized_layers(source.quantize(Scheme())) == set(shapes)
     assert quantized_layers(source.quantize(Scheme(layout="dense"))) == {"point", "last"}
     assert quantized_layers(source.quantize(Scheme(layout="late"))) == {"point", "last"}
