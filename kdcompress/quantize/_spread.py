@@ -109,8 +109,8 @@ def measure_means(
         graph.node.append(helper.make_node(operator, [name], [mean]))
         graph.output.append(helper.make_tensor_value_info(mean, TensorProto.FLOAT, None))
     sums = [np.float64(0)] * len(names)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "watched.onnx"
+    with scratch_folder() as folder:
+        path = folder / "watched.onnx"
         onnx.save(watched, path)
         session = open_session(path)
         for feed in feeds:
