@@ -41,7 +41,7 @@ from kdcompress.runtimes import open_bundle
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
 
 FOLDER = "qat"
-EPOCHS_PART = 10
+EPOCHS_PART = 5
 """The run's epochs are divided by this."""
 RATE_PART = 10
 """The run's learning rate is divided by this."""
