@@ -1,21 +1,13 @@
 """Quantizing after training: an fp32 ONNX model and real images, then as many INT8 graphs as one wants to try.
 
-ONNX Runtime's own quantizer places the Q/DQ pairs and rounds the weights; here is what it is told. Ranges of
-activations are found once for each way of calibrating:
-
-- minmax: the least and the largest value seen;
-- entropy: the range of least Kullback-Leibler divergence between the histogram and its quantized self (Migacz 2017,
-  "8-bit inference with TensorRT");
-- percentile: the range that holds all but 10⁻⁵ of the values.
+ONNX Runtime's own quantizer places the Q/DQ pairs and rounds the weights; here is what it is told.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,28 +16,21 @@ from kdcompress import onnx_graph
 from kdcompress.equalization import Equalization, Rounding, equalize, read_tensors
 from kdcompress.errors import VerificationError
 from kdcompress.evaluate import divergence
-from kdcompress.files import scratch_folder
-from kdcompress.onnx_graph import ModelProto, NodeProto
+from kdcompress.onnx_graph import ModelProto
 from kdcompress.profiles import Profile
 from kdcompress.quantize._answers import answer_feeds
 from kdcompress.quantize._bias import correct_biases, correctable
+from kdcompress.quantize._calibrate import Extremes, find_extremes, refused
 from kdcompress.quantize._float_layers import guard_float_layers
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
+from kdcompress.quantize._layouts import kept_float, lay_out, quantized_layers
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
 from kdcompress.quantize._prepare import hold_constants, name_nodes, part_constants, spread_biases
-from kdcompress.quantize._saturation import cut_saturated
 from kdcompress.quantize._spread import measure_means, measure_spreads
-from kdcompress.quantize.base import CalibrationMethod, Layout, Ranges, Scheme
-from kdcompress.runtimes.onnxruntime_runtime import first_line
+from kdcompress.quantize.base import CalibrationMethod, Ranges, Scheme
 
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_ACTIVATIONS = ("Relu", "Clip")
-"""One integer range behind a layer does what they do; in front of them it has to hold what they cut off."""
 _IN_FP32 = ("Gemm", "MatMul")
 """Outputs that stay fp32: logits of 8 bits would tie where fp32 decides, and a matrix product sums in fp32 anyway."""
-
-Extremes: TypeAlias = Mapping[str, tuple[float, float]]
-"""Tensor -> the least and the largest value that it keeps."""
 
 
 class FloatModel:
@@ -100,7 +85,7 @@ class FloatModel:
             self._model = onnx.shape_inference.infer_shapes(model)
             opset = onnx_graph.opset_of(model)
         except Exception as error:  # onnx raises what any part of it raises
-            raise _refused(path, error) from error
+            raise refused(path, error) from error
         if profile.per_channel and opset < onnx_graph.CHANNEL_SCALES_OPSET:
             what = f"this graph cannot be quantized: opset {opset} has no scale for each channel"
             fix = f"export it again with opset {onnx_graph.CHANNEL_SCALES_OPSET} or later"
@@ -112,7 +97,7 @@ class FloatModel:
             except VerificationError:
                 raise
             except Exception as error:  # the runtime raises what any part of it raises
-                raise _refused(path, error) from error
+                raise refused(path, error) from error
 
     @property
     def model(self) -> ModelProto:
@@ -126,14 +111,7 @@ class FloatModel:
 
     def layers(self) -> dict[str, str]:
         """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
-        kept = set(kept_float(self._model, self.profile))
-        wanted = set(_LAYERS) & set(self.profile.operators)
-        weights = {item.name for item in self._model.graph.initializer}
-        return {
-            node.name: node.input[1].removesuffix(".weight").removeprefix("network.")
-            for node in self._model.graph.node
-            if node.op_type in wanted and node.name not in kept and len(node.input) > 1 and node.input[1] in weights
-        }
+        return quantized_layers(self._model, self.profile)
 
     def extremes(self, method: CalibrationMethod) -> Extremes:
         """The ranges of all activations on the calibration images.
@@ -142,7 +120,7 @@ class FloatModel:
             VerificationError: the graph cannot be run, or has a value that is not finite.
         """
         if method not in self._extremes:
-            self._extremes[method] = self._find_extremes(method)
+            self._extremes[method] = find_extremes(self._model, self._feeds, self.profile, method, where=self.path)
         return self._extremes[method]
 
     def quantize(self, scheme: Scheme, only: str | None = None) -> ModelProto:
@@ -165,7 +143,7 @@ class FloatModel:
             name: (np.array(low, np.float32), np.array(high, np.float32))
             for name, (low, high) in self.extremes(scheme.calibration).items()
         }
-        operators, spared = self._layout(scheme.layout)
+        operators, spared = lay_out(self._model, profile, scheme.layout)
         corrected = self.corrected(scheme, only)
         in_fp32 = profile.operators if profile.skip_only else _IN_FP32
         try:
@@ -205,14 +183,14 @@ class FloatModel:
             onnx_graph.strip_traces(model)
             onnx.checker.check_model(model, full_check=True)
         except Exception as error:  # the quantizer raises what any part of it raises
-            raise _refused(self.path, error) from error
+            raise refused(self.path, error) from error
         return model
 
     def corrected(self, scheme: Scheme, only: str | None = None) -> tuple[str, ...]:
         """The layers whose biases are changed; as for `quantize`."""
         if not self._corrects:
             return ()
-        left = {*self._layout(scheme.layout)[1], *scheme.keep}
+        left = {*lay_out(self._model, self.profile, scheme.layout)[1], *scheme.keep}
         rounded = [name for name in self.layers() if name not in left] if only is None else [only]
         return tuple(node.name for node in correctable(self._model, rounded))
 
@@ -273,105 +251,3 @@ class FloatModel:
             ]
             for name, (scale, zero_point) in learned.items()
         }
-
-    def _layout(self, layout: Layout) -> tuple[Sequence[str], list[str]]:
-        """The operators to quantize, and the nodes among them to leave out."""
-        if layout in ("all", "packed"):
-            return self.profile.operators, []
-        weights = {item.name: item for item in self._model.graph.initializer}
-        layers = [node for node in self._model.graph.node if node.name in self.layers()]
-        points = _single_positions(self._model)
-        spared = [
-            node.name
-            for place, node in enumerate(layers)
-            if _groups(node) > 1
-            or (node.op_type == "Conv" and (node.output[0] in points or weights[node.input[1]].dims[1] < 8))
-            or (layout == "late" and place < len(layers) // 2)
-        ]
-        return [name for name in (*_LAYERS, *_ACTIVATIONS) if name in self.profile.operators], spared
-
-    def _find_extremes(self, method: CalibrationMethod) -> Extremes:
-        import onnx
-        from onnxruntime.quantization import CalibrationDataReader, create_calibrator
-        from onnxruntime.quantization import CalibrationMethod as Method
-
-        class One(CalibrationDataReader):  # type: ignore[misc]
-            def __init__(self, feed: NDArray[Any]) -> None:
-                self._feed: NDArray[Any] | None = feed
-
-            def get_next(self) -> dict[str, NDArray[Any]] | None:
-                feed, self._feed = self._feed, None
-                return None if feed is None else {"images": feed}
-
-        methods = {"minmax": Method.MinMax, "entropy": Method.Entropy, "percentile": Method.Percentile}
-        with scratch_folder() as folder:
-            plain = folder / "plain.onnx"
-            try:
-                onnx.save(self._model, plain)
-                calibrator = create_calibrator(
-                    plain,
-                    list(self.profile.operators),
-                    augmented_model_path=str(folder / "augmented.onnx"),
-                    calibrate_method=methods[method],
-                    extra_options={"symmetric": self.profile.symmetric and method != "minmax"},
-                )
-                with redirect_stdout(io.StringIO()):  # it prints what it does
-                    for feed in self._feeds:  # one at a time: all activations of all images at once fill the memory
-                        calibrator.collect_data(One(feed))
-                    found = calibrator.compute_data()
-            except Exception as error:  # the calibrator raises what any part of it raises
-                raise _refused(self.path, error) from error
-        extremes = {name: (float(np.min(e.lowest)), float(np.max(e.highest))) for name, e in found.items()}
-        for name, (low, high) in extremes.items():
-            if not np.isfinite([low, high]).all():
-                what = f"this graph cannot be quantized: the values of {name} are not finite"
-                raise VerificationError(what, where=str(self.path))
-        return cut_saturated(self._model, extremes)
-
-
-def kept_float(model: ModelProto, profile: Profile) -> list[str]:
-    """The names of the nodes that a profile leaves in float: layers too small, and an Add that is not of two tensors.
-
-    Args:
-        model: an fp32 `onnx.ModelProto`.
-        profile: the scheme.
-    """
-    if not profile.skip_only:
-        return []
-    shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
-    images = {value.name for value in model.graph.input}
-    kept = []
-    for node in model.graph.node:
-        weight = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
-        first = node.input[:1] != [] and onnx_graph.reads_image(model, node.input[0], images)
-        match node.op_type:
-            case "Add":
-                quantized = not any(name in shapes for name in node.input)
-            case "Conv" | "ConvTranspose" | "Gemm" | "MatMul":
-                size = onnx_graph.layer_size(node, weight)
-                quantized = size is not None and profile.quantizes(
-                    *size[:2], kernel=size[2], groups=size[3], first=first
-                )
-            case _:
-                quantized = True
-        if not quantized:
-            kept.append(node.name)
-    return kept
-
-
-def _groups(node: NodeProto) -> int:
-    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "group"), 1)
-
-
-def _single_positions(model: ModelProto) -> set[str]:
-    """The tensors of one row and one column: what a squeeze-and-excitation looks at."""
-    found = set()
-    for value in model.graph.value_info:
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) == 4 and dims[2].dim_value == dims[3].dim_value == 1:
-            found.add(value.name)
-    return found
-
-
-def _refused(path: Path, error: Exception) -> VerificationError:
-    return VerificationError(f"this graph cannot be quantized: {first_line(error)}", where=str(path))

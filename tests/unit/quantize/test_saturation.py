@@ -78,5 +78,5 @@ def test_int8_of_a_network_with_hard_swish_has_less_error(tmp_path: Path, monkey
         return float(np.square(answers(tmp_path / "int8.onnx") - answers(file)).mean())
 
     cut = error()
-    monkeypatch.setattr("kdcompress.quantize._ptq.cut_saturated", lambda _model, extremes: extremes)
+    monkeypatch.setattr("kdcompress.quantize._calibrate.cut_saturated", lambda _model, extremes: extremes)
     assert cut < 0.7 * error()
