@@ -351,7 +351,7 @@ def _dequantized(given: Mapping[str, Tensor], node: NodeProto) -> Tensor:
 def _selects_channels(weight: Tensor) -> bool:
     """Whether a weight only says which input channel becomes which output channel, perhaps with equalizing factors."""
     powers_of_two = (weight == 0) | (torch.frexp(weight).mantissa == 0.5)
-    return bool(powers_of_two.all()) and int((weight != 0).flatten(1).sum(1).max()) <= 1
+    return bool(powers_of_two.all()) and int((weight != 0).flatten(1).sum(1).max()) == 1
 
 
 def _rescaled(equalization: Equalization, name: str, value: Tensor) -> Tensor:
