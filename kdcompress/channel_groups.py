@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from kdcompress.onnx_graph import ModelProto, NodeProto
+from kdcompress.onnx_graph import ModelProto, NodeProto, has_output_rows
 
 _PASSED_ON = (
     *("Relu", "LeakyRelu", "Identity", "Dropout"),
@@ -144,21 +144,9 @@ def _shapes(graph: Any) -> dict[str, tuple[Any, ...]]:
 def _is_layer(node: NodeProto, weights: dict[str, tuple[int, ...]], uses: Counter[str]) -> bool:
     """Whether this is a convolution, or a Gemm with a row for each output, whose constants nothing else reads."""
     names = node.input[1:]
-    if (
-        node.op_type not in ("Conv", "Gemm")
-        or not names
-        or any(name not in weights or uses[name] > 1 for name in names)
-    ):
-        return False
-    given = {attribute.name: attribute for attribute in node.attribute}
-    if node.op_type == "Gemm":
-        usual = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-        known = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | {
-            name: entry.f if name in ("alpha", "beta") else entry.i for name, entry in given.items()
-        }
-        if known != usual:
-            return False
-    return all(weights[name] == weights[names[0]][:1] for name in names[1:])
+    own = bool(names) and all(name in weights and uses[name] == 1 for name in names)
+    usual = node.op_type == "Conv" or has_output_rows(node)
+    return own and usual and all(weights[name] == weights[names[0]][:1] for name in names[1:])
 
 
 def _passes_on(node: NodeProto, shapes: dict[str, tuple[Any, ...]]) -> bool:

@@ -199,6 +199,15 @@ def layer_size(node: NodeProto, weight: tuple[int, ...]) -> tuple[int, int, tupl
     return inputs, outputs, weight[2:], groups
 
 
+def has_output_rows(node: NodeProto) -> bool:
+    """Whether a Gemm is a plain dense layer whose weight has a row for each output, as torch exports it."""
+    from onnx import helper
+
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    usual = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    return node.op_type == "Gemm" and usual | given == usual | {"transB": 1}
+
+
 _PIXELWISE = frozenset(
     {"Sub", "Mul", "Div", "Add", "Cast", "Transpose", "QuantizeLinear", "DequantizeLinear", "Identity"}
 )

@@ -140,7 +140,8 @@ def keep(
         fix = f"nothing was kept; {again} keeps it all the same"
         raise GateError(f"INT8 fails the gate. {verdict.failures[0]}", where=str(out), fix=fix)
     with atomic_folder(out, replace=replace) as place:
-        shutil.copytree(made.path, place, dirs_exist_ok=True)
+        for file in made.path.iterdir():  # not copytree: its error is a list, from which a full disk cannot be told
+            shutil.copyfile(file, place / file.name)
         write_verdict(place, verdict, made.digest, evidence)
         for name, text in (files or {}).items():
             (place / name).write_text(text, encoding="utf-8")

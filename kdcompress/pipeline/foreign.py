@@ -60,10 +60,10 @@ def as_bundle(
     if (source.parent / BUNDLE_FILE).is_file() and read_bundle(source.parent).model_path == source:
         yield source.parent
         return
+    model = read_onnx(source)
     if data is None:
         fix = "name images of its classes: a folder, cifar10:ROOT …"
         raise InputError(f"{source} does not say its classes", where="--data", fix=fix)
-    model = read_onnx(source)
     ends = read_ends(model, str(source))
     splits = load_splits(data, image_size=ends.height if ends.height == ends.width else None)
     split = splits.calibration.take(_LOOKED_AT)

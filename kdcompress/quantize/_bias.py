@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcompress.onnx_graph import ModelProto, NodeProto
-
-_DENSE = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-"""Attributes of a Gemm whose weight has a row for each output."""
+from kdcompress.onnx_graph import ModelProto, NodeProto, has_output_rows
 
 
 def correctable(model: ModelProto, layers: Collection[str]) -> tuple[NodeProto, ...]:
@@ -34,7 +30,7 @@ def correctable(model: ModelProto, layers: Collection[str]) -> tuple[NodeProto, 
         node
         for node in model.graph.node
         if node.name in layers
-        and (node.op_type == "Conv" or (node.op_type == "Gemm" and _attributes(node) == _DENSE))
+        and (node.op_type == "Conv" or has_output_rows(node))
         and len(node.input) > 2
         and node.input[0] in known
         and all(name in constants for name in node.input[1:])
@@ -68,11 +64,3 @@ def correct_biases(
         mean = np.repeat(means[node.input[0]].reshape(groups, inputs), outputs // groups, axis=0)
         corrected = (bias - (errors * mean).sum(1)).astype(bias.dtype)
         constants[node.input[2]].CopyFrom(numpy_helper.from_array(corrected, node.input[2]))
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    """Of a Gemm."""
-    from onnx import helper
-
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | given

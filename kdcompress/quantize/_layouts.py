@@ -9,7 +9,8 @@ from kdcompress.onnx_graph import ModelProto, NodeProto
 from kdcompress.profiles import Profile
 from kdcompress.quantize.base import Layout
 
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""What has a weight."""
 _ACTIVATIONS = ("Relu", "Clip")
 """One integer range behind a layer does what they do; in front of them it has to hold what they cut off."""
 
@@ -22,7 +23,7 @@ def quantized_layers(model: ModelProto, profile: Profile) -> dict[str, str]:
         profile: the scheme.
     """
     kept = set(kept_float(model, profile))
-    wanted = set(_LAYERS) & set(profile.operators)
+    wanted = set(LAYERS) & set(profile.operators)
     weights = {item.name for item in model.graph.initializer}
     return {
         node.name: node.input[1].removesuffix(".weight").removeprefix("network.")
@@ -52,7 +53,7 @@ def lay_out(model: ModelProto, profile: Profile, layout: Layout) -> tuple[Sequen
         or (node.op_type == "Conv" and (node.output[0] in points or weights[node.input[1]].dims[1] < 8))
         or (layout == "late" and place < len(layers) // 2)
     ]
-    return [name for name in (*_LAYERS, *_ACTIVATIONS) if name in profile.operators], spared
+    return [name for name in (*LAYERS, *_ACTIVATIONS) if name in profile.operators], spared
 
 
 def kept_float(model: ModelProto, profile: Profile) -> list[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kdcompress.onnx_graph import ModelProto
-
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+from kdcompress.quantize._layouts import LAYERS
 
 
 def name_nodes(model: ModelProto) -> None:
@@ -44,12 +43,12 @@ def part_constants(model: ModelProto) -> None:
     graph = model.graph
     constants = {item.name: item for item in graph.initializer}
     places = [(node, place) for node in graph.node for place in range(len(node.input))]
-    own = {node.input[place] for node, place in places if place > 0 and node.op_type in _LAYERS} & set(constants)
+    own = {node.input[place] for node, place in places if place > 0 and node.op_type in LAYERS} & set(constants)
     copies: dict[str, str] = {}
     taken = {name for node in graph.node for name in (*node.input, *node.output)}
     for node, place in places:
         name = node.input[place]
-        if name not in own or (place > 0 and node.op_type in _LAYERS):
+        if name not in own or (place > 0 and node.op_type in LAYERS):
             continue
         if name not in copies:
             copies[name] = f"{name}_copy"

@@ -232,14 +232,10 @@ def equalize_model(
     Returns:
         The model, an `onnx.ModelProto` whose answers are the same, and the factors.
     """
-    import onnx
-
     with quiet():
         source = FloatModel(path, list(batches(calibration)), profile, reduce_range=reduce_range, equalize=True)
-    model = onnx.ModelProto()
-    model.CopyFrom(source.model)
-    model.graph.ClearField("value_info")
-    return model, source.equalization
+    source.model.graph.ClearField("value_info")
+    return source.model, source.equalization
 
 
 def quantize_model(

@@ -61,6 +61,7 @@ def test_a_wrong_normalisation_shows(shop: Shop, file: Path) -> None:
         (("evaluate", "exported/onnx-fp32", "--data", "digits", "--mean", "0", "--std", "1"), "for a bare .onnx file"),
         (("evaluate", "lonely.onnx", "--data", "digits", "--mean", "x", "--std", "1"), "is not a list of numbers"),
         (("evaluate", "none.onnx", "--data", "digits"), "does not exist"),
+        (("quantize", "none.onnx"), "does not exist"),
         (("export", "lonely.onnx", "--data", "digits", "--opset", "18"), "stays as it is"),
     ],
 )

@@ -1,8 +1,10 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from kdcompress.errors import GateError, InputError
+from kdcompress.errors import GateError, InputError, RunError
 from kdcompress.gate import Drop, SpeedUp, Verdict, judge, read_verdict
 from kdcompress.pipeline._gate import JudgedImages
 from kdcompress.pipeline._verdict import Limits, advice, hold_to, keep
@@ -49,6 +51,16 @@ def test_what_is_kept_has_its_verdict_beside_it(
     told = capsys.readouterr().out
     assert told.startswith(f"gate · {said.answer}\n")
     assert all(reason in told for reason in (*said.reasons, JUDGED.note))
+
+
+def test_a_full_disk_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(RunError, match="no space left while writing"):
+        keep(onnx_bundle(), verdict(1.5), {}, tmp_path / "out", judged=JUDGED, force=False, replace=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_that_is_not_this_machine_is_not_timed(tmp_path: Path) -> None:
