@@ -237,5 +237,5 @@ def _hold_to(
         console().print(f"top-1 drops without training by {before.told}, with it by {verdict.drop.told}")
         evidence["without_training"] = asdict(before)
         if verdict.drop.value >= before.value:
-            console().print("note: the training did not help; quantize without --qat makes the file of before")
+            console().print("note: the training did not help; quantize without --qat may do better")
     return verdict, evidence
