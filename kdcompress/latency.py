@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,21 +145,18 @@ def _in_new_process(openers: dict[str, Opener], plan: Plan) -> dict[str, Timing]
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, openers, plan), daemon=True)
-    with _environment(OMP_NUM_THREADS=str(plan.threads)), _without_interrupts():
-        process.start()
-    sender.close()
-    try:
-        answer: dict[str, Timing] | tuple[str, str, str] = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RunError(f"the process that measures latency ended with exit code {process.exitcode}") from None
-    except BaseException:
-        process.kill()
-        raise
-    finally:
+    with contextlib.ExitStack() as ending:
+        with _environment(OMP_NUM_THREADS=str(plan.threads)), _without_interrupts():
+            process.start()
+            ending.callback(process.join)
+            ending.callback(process.kill)
+        sender.close()
+        try:
+            answer: dict[str, Timing] | tuple[str, str, str] = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RunError(f"the process that measures latency ended with exit code {process.exitcode}") from None
         process.join(timeout=10)
-        process.kill()
-        process.join()
     if isinstance(answer, tuple):
         what, where, fix = answer
         raise RunError(f"latency could not be measured: {what}", where=where, fix=fix)
@@ -182,13 +180,24 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A process that is started within the block never hears of Ctrl-C; this one does after it, and ends the other."""
+    """A process that is started within the block never hears of Ctrl-C; this one does after it, and ends the other.
+
+    Blocking the signal is what the other process inherits. Here another thread may still receive it, and Python then
+    interrupts this one between two of its steps, with the other process half started; so it is taken down as well.
+    """
     resource_tracker.ensure_running()  # starting it would unblock SIGINT
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _child(sender: Connection, openers: dict[str, Opener], plan: Plan) -> None:

@@ -2,6 +2,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -133,3 +134,28 @@ def test_a_measuring_process_never_hears_of_ctrl_c() -> None:
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     process.kill()
     process.join()
+
+
+def test_ctrl_c_while_a_process_is_started_waits_until_it_is() -> None:
+    """Another thread receives the signal, and Python would interrupt this one in the middle of the start."""
+    over, steps = threading.Event(), []
+    other = threading.Thread(target=over.wait)
+    other.start()
+
+    def start_slowly() -> None:
+        with _without_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            until = time.monotonic() + 0.2
+            while time.monotonic() < until:
+                signal.pthread_sigmask(signal.SIG_BLOCK, ())  # looks for signals that came
+            steps.append("started")
+        steps.append("went on")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start_slowly()
+    finally:
+        over.set()
+        other.join()
+    assert steps == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
