@@ -38,7 +38,11 @@ from kdcompress.runtimes import open_bundle
 
 ZOO = (
     *((name, 32) for name in ("resnet20", "resnet32", "resnet56", "dscnn", "vgg8")),
-    *((f"torchvision/{name}", 224) for name in ("resnet18", "mobilenet_v2", "mobilenet_v3_small")),
+    *(
+        (f"torchvision/{name}", 224)
+        for name in ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+    ),
+    *((f"torchvision/{name}", 224) for name in ("mnasnet1_0", "shufflenet_v2_x1_0", "efficientnet_b0")),
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -1,23 +1,32 @@
-"""Which tensors of a graph may have their channels rescaled together without a change of its answers.
+"""Which tensors of a graph may have their channels rescaled, or added to, together without a change of its answers.
 
 A positive factor for a channel passes through ReLU, pooling and a sum whose terms have the same factors. The layers
 that write the channel take it up in their weights and biases, those that read it take it back (Nagel et al. 2019,
-https://arxiv.org/abs/1906.04721, §4.1, there for pairs of layers). What an operator of another kind touches stays.
+https://arxiv.org/abs/1906.04721, §4.1, there for pairs of layers). Channels whose weights are zeros in the layers that
+write them and in those that read them may be added wherever each channel stays by itself. What an operator of another
+kind touches stays.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from kdcompress.onnx_graph import ModelProto, NodeProto, has_output_rows
+from kdcompress.onnx_graph import ModelProto, NodeProto, has_output_rows, is_depthwise, layer_size
+
+Change: TypeAlias = Literal["rescale", "add"]
 
 _PASSED_ON = (
     *("Relu", "LeakyRelu", "Identity", "Dropout"),
     *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
 )
 """f(k · x) = k · f(x) for k > 0, channel by channel."""
+_ALONE = (
+    *("Clip", "Elu", "Celu", "Selu", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Sigmoid", "Softplus", "Softsign"),
+    *("Swish", "Tanh"),
+)
+"""Channel by channel as well, and finite at 0."""
 _GATES = ("Sigmoid", "HardSigmoid")
 
 
@@ -38,7 +47,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that can be rescaled.
+    """Channels that can be changed together.
+
+    A depthwise convolution that reads a group to be added to writes the same group: it has no input channels of its
+    own.
 
     Args:
         channels: how many.
@@ -53,47 +65,52 @@ class Group:
     readers: tuple[Reader, ...]
 
 
-def channel_groups(model: ModelProto) -> tuple[Group, ...]:
+class _Facts(NamedTuple):
+    """Of a graph: constants of floats with their sizes, how often a tensor is read, what makes it, its sizes."""
+
+    weights: dict[str, tuple[int, ...]]
+    uses: Counter[str]
+    made_by: dict[str, str]
+    shapes: dict[str, tuple[Any, ...]]
+
+
+def channel_groups(model: ModelProto, change: Change = "rescale") -> tuple[Group, ...]:
     """The groups of a graph that layers both write and read, in the order of the graph.
 
     Args:
         model: an fp32 graph with inferred shapes, its nodes in order.
+        change: what is to be done to the channels.
     """
     from onnx import TensorProto
 
     graph = model.graph
-    weights = {item.name: tuple(item.dims) for item in graph.initializer if item.data_type == TensorProto.FLOAT}
-    uses = Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
-    made_by = {name: node.op_type for node in graph.node for name in node.output}
-    shapes = _shapes(graph)
+    facts = _Facts(
+        {item.name: tuple(item.dims) for item in graph.initializer if item.data_type == TensorProto.FLOAT},
+        Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output]),
+        {name: node.op_type for node in graph.node for name in node.output},
+        _shapes(graph),
+    )
+    shapes = facts.shapes
     joined = _Joined()
     for value in (*graph.input, *graph.output, *graph.initializer):
         joined.pin(value.name)
     writers: list[tuple[str, tuple[str, ...]]] = []
     readers: list[Reader] = []
     for node in graph.node:
-        tensors = [name for name in node.input if name and name not in weights]
-        gated = [name for name in tensors if made_by.get(name) not in _GATES]
-        if node.domain not in ("", "ai.onnx"):
-            joined.pin(*tensors, *node.output)
-        elif _is_layer(node, weights, uses):
+        own = node.domain in ("", "ai.onnx")
+        if own and _is_layer(node, facts):
             joined.join(node.output[0])
             writers.append((node.output[0], tuple(node.input[1:])))
             readers.append(Reader(node.name, node.input[0], node.input[1]))
-        elif _passes_on(node, shapes):
-            joined.join(node.input[0], node.output[0])
-        elif (
-            node.op_type == "Add" and len({shapes.get(name, (name,))[1:] for name in (*node.input, *node.output)}) == 1
-        ):
-            joined.join(*node.input, *node.output)
-        elif (
-            node.op_type == "Mul"
-            and len(gated) == 1
-            and len({len(shapes.get(name, ())) for name in (*gated, *node.output)}) == 1
-        ):
-            joined.join(*gated, node.output[0])
+            weight = facts.weights[node.input[1]]
+            if change == "add" and is_depthwise(node, weight):
+                joined.join(node.input[0], node.output[0])
+            elif change == "add" and (layer_size(node, weight) or (0, 0, (), 0))[3] != 1:
+                joined.pin(node.input[0], node.output[0])
+        elif own and (tied := (_rescaled if change == "rescale" else _added_to)(node, facts)):
+            joined.join(*tied)
         else:
-            joined.pin(*tensors, *node.output)
+            joined.pin(*(name for name in node.input if name not in facts.weights), *node.output)
     return tuple(
         Group(shapes[tensors[0]][1], tensors, written, read)
         for tensors in joined.groups()
@@ -103,6 +120,36 @@ def channel_groups(model: ModelProto) -> tuple[Group, ...]:
         and len({shapes[tensor][1] for tensor in tensors}) == 1
         and shapes[tensors[0]][1] > 0
     )
+
+
+def _rescaled(node: NodeProto, facts: _Facts) -> tuple[str, ...]:
+    """The tensors that have the same factors by this node; none where it takes no factors."""
+    shapes = facts.shapes
+    gated = [
+        name for name in node.input if name and name not in facts.weights and facts.made_by.get(name) not in _GATES
+    ]
+    if node.op_type in _PASSED_ON or _drops_positions(node, facts):
+        return node.input[0], node.output[0]
+    if node.op_type == "Add" and len({shapes.get(name, (name,))[1:] for name in (*node.input, *node.output)}) == 1:
+        return *node.input, *node.output
+    same_rank = len({len(shapes.get(name, ())) for name in (*gated, *node.output)}) == 1
+    if node.op_type == "Mul" and len(gated) == 1 and same_rank:
+        return gated[0], node.output[0]
+    return ()
+
+
+def _added_to(node: NodeProto, facts: _Facts) -> tuple[str, ...]:
+    """The tensors that have the same channels by this node; none where channels do not stay by themselves."""
+    if len(node.output) > 1 or node.op_type == "Reshape":  # which may say how many channels there are
+        return ()
+    if node.op_type in (*_PASSED_ON, *_ALONE) or _drops_positions(node, facts):
+        return node.input[0], node.output[0]
+    tensors = [name for name in node.input if name and name not in facts.weights]
+    tied = (*tensors, node.output[0])
+    sizes = {(len(shape), *shape[1:2]) for shape in (facts.shapes.get(name, (name,)) for name in tied)}
+    if node.op_type in ("Add", "Mul") and len(tensors) == 2 and len(sizes) == 1:
+        return tied
+    return ()
 
 
 class _Joined:
@@ -141,16 +188,16 @@ def _shapes(graph: Any) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _is_layer(node: NodeProto, weights: dict[str, tuple[int, ...]], uses: Counter[str]) -> bool:
+def _is_layer(node: NodeProto, facts: _Facts) -> bool:
     """Whether this is a convolution, or a Gemm with a row for each output, whose constants nothing else reads."""
-    names = node.input[1:]
-    own = bool(names) and all(name in weights and uses[name] == 1 for name in names)
+    names, weights = node.input[1:], facts.weights
+    own = bool(names) and all(name in weights and facts.uses[name] == 1 for name in names)
     usual = node.op_type == "Conv" or has_output_rows(node)
     return own and usual and all(weights[name] == weights[names[0]][:1] for name in names[1:])
 
 
-def _passes_on(node: NodeProto, shapes: dict[str, tuple[Any, ...]]) -> bool:
-    if node.op_type in ("Flatten", "Reshape", "Squeeze"):
-        before, after = shapes.get(node.input[0], ()), shapes.get(node.output[0], ())
-        return len(before) == 4 and before[2:] == (1, 1) and len(after) == 2 and before[1] == after[1]
-    return node.op_type in _PASSED_ON
+def _drops_positions(node: NodeProto, facts: _Facts) -> bool:
+    """Whether a map of one position becomes a vector of its channels."""
+    before, after = facts.shapes.get(node.input[0], ()), facts.shapes.get(node.output[0], ())
+    single = len(before) == 4 and before[2:] == (1, 1) and len(after) == 2 and before[1] == after[1]
+    return single and node.op_type in ("Flatten", "Reshape", "Squeeze")

@@ -199,6 +199,17 @@ def layer_size(node: NodeProto, weight: tuple[int, ...]) -> tuple[int, int, tupl
     return inputs, outputs, weight[2:], groups
 
 
+def is_depthwise(node: NodeProto, weight: tuple[int, ...]) -> bool:
+    """Whether a layer is a convolution that makes each output channel of one input channel, as many of both.
+
+    Args:
+        node: as for `layer_size`.
+        weight: likewise.
+    """
+    size = layer_size(node, weight)
+    return size is not None and size[3] > 1 and size[0] == 1 and size[1] == size[3]
+
+
 def has_output_rows(node: NodeProto) -> bool:
     """Whether a Gemm is a plain dense layer whose weight has a row for each output, as torch exports it."""
     from onnx import helper

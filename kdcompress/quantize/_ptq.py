@@ -21,6 +21,7 @@ from kdcompress.profiles import Profile
 from kdcompress.quantize._answers import answer_feeds
 from kdcompress.quantize._bias import correct_biases, correctable
 from kdcompress.quantize._calibrate import Extremes, find_extremes, refused
+from kdcompress.quantize._fill import fill_channels, find_fillings
 from kdcompress.quantize._float_layers import guard_float_layers
 from kdcompress.quantize._fold import FOLDED, fold_normalisation
 from kdcompress.quantize._layouts import kept_float, lay_out, quantized_layers
@@ -90,7 +91,8 @@ class FloatModel:
             what = f"this graph cannot be quantized: opset {opset} has no scale for each channel"
             fix = f"export it again with opset {onnx_graph.CHANNEL_SCALES_OPSET} or later"
             raise VerificationError(what, where=str(path), fix=fix)
-        self._rows = () if profile.skip_only else find_rows(self._model)
+        self._fillings = () if profile.skip_only else find_fillings(self._model)
+        self._rows = () if profile.skip_only else find_rows(self._filled())
         if profile.per_channel and (equalize or correct):
             try:
                 self._improve(equalize=equalize, correct=correct)
@@ -106,8 +108,8 @@ class FloatModel:
 
     @property
     def packs(self) -> bool:
-        """Whether there is a convolution for which the layout "packed" differs from "all"."""
-        return bool(self._rows)
+        """Whether the layout "packed" differs from "all"."""
+        return bool(self._rows or self._fillings)
 
     def layers(self) -> dict[str, str]:
         """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
@@ -152,6 +154,7 @@ class FloatModel:
             if corrected:
                 correct_biases(model, corrected, self._find_means(), reduce_range=self._reduce_range)
             if scheme.layout == "packed" and only is None:
+                fill_channels(model, self._fillings)
                 same = pack_rows(model, [row for row in self._rows if row.node not in scheme.keep])
                 pairs |= {new: pairs[old] for new, old in same.items() if old in pairs}
             quantizer = QDQQuantizer(
@@ -234,6 +237,14 @@ class FloatModel:
         spreads = measure_spreads(model, read_tensors(model), self._feeds)
         kept = frozenset(kept_float(model, self.profile))
         return model, equalize(model, spreads, Rounding(self.profile.symmetric, self._reduce_range, kept))
+
+    def _filled(self) -> ModelProto:
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        fill_channels(model, self._fillings)
+        return onnx.shape_inference.infer_shapes(model)
 
     def _alone(self, name: str) -> list[str]:
         """A layer and the activation behind it: rounded before that, it would have to span what that cuts off."""

@@ -33,10 +33,11 @@ class Scheme:
 
     Args:
         calibration: how the ranges of activations are found.
-        layout: "all": every operator of the profile; "packed": the same, and convolutions of few channels compute
-            several neighbouring positions at once, with the same answers; "dense": the convolutions and matrix
-            products of 8 or more channels, no depthwise ones and none that see a single position, and nothing
-            between them but ReLU and Clip right behind one; "late": those among the second half of the layers.
+        layout: "all": every operator of the profile; "packed": the same, with the same answers, in the sizes that a
+            kernel takes at once: channels are filled up with zeros, and convolutions of few channels compute several
+            neighbouring positions; "dense": the convolutions and matrix products of 8 or more channels, no depthwise
+            ones and none that see a single position, and nothing between them but ReLU and Clip right behind one;
+            "late": those among the second half of the layers.
         keep: names of nodes that stay in fp32 besides.
     """
 

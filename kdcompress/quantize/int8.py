@@ -85,7 +85,7 @@ class Int8Source:
 
     @property
     def packs(self) -> bool:
-        """Whether there is a convolution for which the layout "packed" differs from "all"."""
+        """Whether the layout "packed" differs from "all"."""
         return self._model.packs
 
     def quantized(self, scheme: Scheme, only: str | None = None) -> bytes:

@@ -6,30 +6,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper, parser
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from kdcompress.channel_groups import Group, channel_groups
 from kdcompress.equalization import Equalization
 from kdcompress.export.onnx import write_onnx
 from kdcompress.models import build_network
-
-
-def graph(body: str, weights: dict[str, tuple[int, ...]], size: int = 6, batch: int = 2) -> Any:
-    """A model of this body; `images` is [batch, 4, size, size], random weights of these shapes."""
-    shape = f"[{batch}, 4, {size}, {size}]"
-    text = f'<ir_version: 8, opset_import: ["": 17]> g (float{shape} images) => (float logits) {{ {body} }}'
-    model = parser.parse_model(text)
-    random = np.random.default_rng(0)
-    for name, dims in weights.items():
-        model.graph.initializer.append(numpy_helper.from_array(random.normal(size=dims).astype(np.float32), name))
-    model.graph.output[0].type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(model)
-
-
-def run(model: onnx.ModelProto, images: Any) -> Any:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"images": images})[0]
+from tests.unit.small_graphs import graph, run
 
 
 def with_factors(model: onnx.ModelProto, groups: tuple[Group, ...], seed: int) -> onnx.ModelProto:
@@ -193,6 +177,48 @@ class Grouped(nn.Module):
         value = self.wider(self.depthwise(self.grouped(stem))) + self.project(stem)
         logits: Tensor = self.dense(torch.relu(value).mean((2, 3)))
         return logits
+
+
+def found(body: str, weights: dict[str, tuple[int, ...]]) -> list[set[str]]:
+    """The groups that channels can be added to."""
+    return [set(group.tensors) for group in channel_groups(graph(body, weights), "add")]
+
+
+@pytest.mark.parametrize(
+    ("between", "tied"),
+    [
+        ("y = HardSwish(x)", "xy"),
+        ("y = Clip(x, low, high)", "xy"),
+        ("s = Sigmoid(x) y = Mul(x, s)", "xsy"),
+        ("p = GlobalAveragePool(x) s = Tanh(p) y = Mul(s, x)", "xpsy"),
+        ("y = Add(x, x)", "xy"),
+        ("y = Conv<group = 8, kernel_shape = [1, 1]>(x, d, e)", "xy"),
+    ],
+)
+def test_channels_may_be_added_where_each_stays_by_itself(between: str, tied: str) -> None:
+    weights = PAIR | {"low": (), "high": (), "d": (8, 1, 1, 1), "e": (8,)}
+    assert found(f"x = Conv(images, w, b) {between} logits = Conv(y, v, c)", weights) == [set(tied)]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "y = Softmax<axis = 1>(x)",
+        "y = Mul(x, eight)",
+        "y = Conv<group = 4, kernel_shape = [1, 1]>(x, d, e)",
+        "y = Conv<group = 8, kernel_shape = [1, 1]>(x, doubled, twice)",
+        "y = Concat<axis = 1>(x, x)",
+        "m = Transpose<perm = [0, 2, 1, 3]>(x) y = Transpose<perm = [0, 2, 1, 3]>(m)",
+        "p = GlobalAveragePool(x) y = Reshape(p, shape)",
+        "r = Relu(x) y = Concat<axis = 0>(x, r)",
+    ],
+)
+def test_no_channels_are_added_to_what_mixes_them_or_counts_them(between: str) -> None:
+    shapes = {"eight": (8, 1, 1), "d": (8, 2, 1, 1), "e": (8,), "doubled": (16, 1, 1, 1), "twice": (16,)}
+    body = f"x = Conv(images, w, b) {between} logits = Conv(y, v, c)"
+    model = graph(body, PAIR | shapes)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1, 8, 1, 1]), "shape"))
+    assert not any({"x", "y"} & set(group.tensors) for group in channel_groups(model, "add"))
 
 
 SLOW = pytest.mark.slow
