@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdcompress.equalization import Equalization, Factors
 from kdcompress.errors import InputError
 from kdcompress.fake_quant._rounding import FakeQuantize, round_bias, round_weight, weight_scale
+from kdcompress.onnx_normalisation import FOLDED, Normalisation, fold_weight
 from kdcompress.onnx_operators import Operation, operation
 
 ModelProto: TypeAlias = Any
@@ -46,7 +47,11 @@ class Layer(nn.Module):
         names: of the weight and of the bias in the file.
         scheme: how the weight is rounded; None for a layer that stays float.
         before: what rounds the input, where the bias is rounded as well.
+        normalisation: of the images, where this layer does that too; its weight is the one of before.
     """
+
+    mean: Tensor | None
+    std: Tensor | None
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class Layer(nn.Module):
         names: tuple[str, ...],
         scheme: WeightScheme | None,
         before: FakeQuantize | None,
+        normalisation: Normalisation | None = None,
     ) -> None:
         super().__init__()
         self.compute = compute
@@ -66,6 +72,9 @@ class Layer(nn.Module):
         self.names = names
         self.scheme = scheme
         self._before = (before,)  # in a tuple, so that it is not part of this module as well
+        for part in ("mean", "std"):
+            value = None if normalisation is None else getattr(normalisation, part).clone()
+            self.register_buffer(part, value, persistent=False)
 
     @torch.no_grad()
     def unfold(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d, equalization: Equalization) -> None:
@@ -93,6 +102,8 @@ class Layer(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """The node's output."""
         weight, bias = self.folded()
+        if self.mean is not None and self.std is not None:
+            weight = fold_weight(weight, self.mean, self.std)
         if self.scheme is not None:
             scale = weight_scale(weight, *self.scheme)
             weight = round_weight(weight, scale)
@@ -217,7 +228,9 @@ class GraphNetwork(nn.Module):
         return self._fixed[name] if name in self._fixed else self.get_buffer(_plain(name))
 
 
-def read_graph(model: ModelProto, floats: Mapping[str, Tensor], half: int = 127) -> GraphNetwork:
+def read_graph(
+    model: ModelProto, floats: Mapping[str, Tensor], half: int = 127, normalisation: Normalisation | None = None
+) -> GraphNetwork:
     """The graph of a file, with or without Q/DQ pairs, as a network.
 
     Args:
@@ -225,20 +238,24 @@ def read_graph(model: ModelProto, floats: Mapping[str, Tensor], half: int = 127)
         floats: weights and biases of the fp32 file by name; those that convolutions and matrix products use are
             learned, but for what only selects channels (an option-A shortcut).
         half: the largest integer of a weight.
+        normalisation: what the file's first convolution does besides, where it reads images that are not normalised.
 
     Raises:
         InputError: a layer that cannot be walked.
     """
-    return _Reader(model, floats, half).read()
+    return _Reader(model, floats, half, normalisation).read()
 
 
 class _Reader:
     """What is known while a graph is read, node after node."""
 
-    def __init__(self, model: ModelProto, floats: Mapping[str, Tensor], half: int) -> None:
+    def __init__(
+        self, model: ModelProto, floats: Mapping[str, Tensor], half: int, normalisation: Normalisation | None
+    ) -> None:
         self.model = model
         self.floats = floats
         self.half = half
+        self.normalisation = normalisation
         self.given = tensors(model)
         self.weights: dict[str, tuple[str, WeightScheme | None]] = {}
         self.same: dict[str, str] = {}
@@ -284,6 +301,7 @@ class _Reader:
             names=(name, *bias),
             scheme=scheme,
             before=before,
+            normalisation=self.normalisation if self.normalisation and self.normalisation.weight == name else None,
         )
         return Step(key, inputs[:1], tuple(node.output))
 
@@ -297,7 +315,7 @@ class _Reader:
             kind = self.given[zero_point].dtype
             limits = torch.iinfo(kind)
             start = float(self.given[scale]), int(self.given[zero_point])
-            self.modules[key] = FakeQuantize(*start, limits.min, limits.max)
+            self.modules[key] = FakeQuantize(*start, limits.min, limits.max, learned=name != FOLDED)
         source = self.same.get(name, name)
         self.rounded[name] = (node.output[0], key)
         self.rounders[node.output[0]] = key

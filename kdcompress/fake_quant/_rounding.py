@@ -51,12 +51,18 @@ class FakeQuantize(nn.Module):
         zero_point: the integer that means 0; it stays.
         lowest: the least integer, 0 or -128.
         highest: the largest one, 255 or 127.
+        learned: whether the scale is; the values of an image are integers from the start.
     """
 
-    def __init__(self, scale: float, zero_point: int, lowest: int, highest: int) -> None:
+    log_stretch: Tensor
+
+    def __init__(self, scale: float, zero_point: int, lowest: int, highest: int, *, learned: bool = True) -> None:
         super().__init__()
         self.start = scale
-        self.log_stretch = nn.Parameter(torch.zeros(()))
+        if learned:
+            self.log_stretch = nn.Parameter(torch.zeros(()))
+        else:
+            self.register_buffer("log_stretch", torch.zeros(()), persistent=False)
         self.zero_point = zero_point
         self.lowest = lowest
         self.highest = highest

@@ -16,6 +16,7 @@ from kdcompress.fake_quant._graph import GraphNetwork, read_graph, tensors
 from kdcompress.fake_quant._rounding import FakeQuantize
 from kdcompress.folding import find_norms
 from kdcompress.networks import Student
+from kdcompress.onnx_normalisation import FOLDED, find_normalisation
 from kdcompress.taps import eval_mode
 
 ModelProto: TypeAlias = Any
@@ -55,7 +56,9 @@ def prepare_student(
     floats = {name: value for name, value in tensors(exported).items() if value.is_floating_point()}
     images = torch.rand(2, *student.preprocess.image_shape, generator=torch.Generator().manual_seed(0))
     equalized = {name: torch.from_numpy(equalization.rescale(name, each.numpy())) for name, each in floats.items()}
-    network = read_graph(quantized, equalized, half=64 if reduce_range else 127)
+    folds = any(FOLDED in node.output for node in quantized.graph.node)
+    normalisation = find_normalisation(exported) if folds else None
+    network = read_graph(quantized, equalized, 64 if reduce_range else 127, normalisation)
     _unfold(network, student, equalization)
     made = {name for step in network.steps for name in step.outputs}
     dropped = {node.input[0]: node.output[0] for node in exported.graph.node if node.op_type in ("Relu", "Clip")}

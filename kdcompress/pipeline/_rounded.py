@@ -1,7 +1,12 @@
-"""What a training with roundings begins from, and the INT8 file that it ends in."""
+"""What a training with roundings begins from, and the INT8 file that it ends in.
+
+The beginning stays in the training's folder: whether channels are equalized is decided by the answers of an INT8 file,
+and another CPU might decide otherwise when the training is resumed there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +15,22 @@ import torch
 
 from kdcompress import onnx_graph
 from kdcompress.bundle import Bundle, model_metadata, provenance_step, write_bundle
+from kdcompress.checkpoint import load_state, save_state
 from kdcompress.data import Split, unit_interval
 from kdcompress.equalization import Equalization
-from kdcompress.errors import VerificationError
+from kdcompress.errors import InputError, VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.export import walk
 from kdcompress.fake_quant import learned_model, learned_ranges
 from kdcompress.files import scratch_folder
 from kdcompress.networks import Student
+from kdcompress.pipeline._int8_search import packed_where_faster
 from kdcompress.pipeline._parts import Parts
 from kdcompress.pipeline._source import VERIFIED_IMAGES
 from kdcompress.pipeline.base import RunFolder
 from kdcompress.profiles import Profile, instruction_sets
-from kdcompress.quantize import find_quantizer
-from kdcompress.quantize.int8 import equalize_model, quantize_model
+from kdcompress.quantize.base import Scheme
+from kdcompress.quantize.int8 import Int8Source, equalize_model, quantize_model
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
 from kdcompress.types import Images
 
@@ -31,6 +38,9 @@ LEAST_AGREEMENT = 0.995
 """Below this the file in ONNX Runtime is not the student that was trained."""
 COMPARED_IMAGES = 2000
 _BATCH = 256
+
+
+PLAN_FILE = "plan.pt"
 
 
 @dataclass(frozen=True)
@@ -56,16 +66,24 @@ class Plan:
     reduce_range: bool
 
 
-def make_plan(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> Plan:
-    """Exports the run's student to `out`, and quantizes it after training.
+def export_student(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> tuple[Bundle, Images]:
+    """Writes the run's student in fp32 to the folder `out`; the calibration images besides.
 
     Raises:
-        VerificationError: the graph cannot be exported or quantized.
+        VerificationError: the graph cannot be exported.
     """
     ids = parts.splits.calibration.ids
     calibration = unit_interval(parts.splits.calibration.images.load(ids))
     few = calibration[:VERIFIED_IMAGES]
-    exported = walk(run.student(), "onnx", out, profile=profile, images=few, replace=True)
+    return walk(run.student(), "onnx", out, profile=profile, images=few, replace=True), calibration
+
+
+def make_plan(exported: Bundle, calibration: Images, profile: Profile) -> Plan:
+    """Quantizes a student after training.
+
+    Raises:
+        VerificationError: the graph cannot be quantized.
+    """
     reduce_range = profile.reduces_range(instruction_sets())
     equalized, equalization = equalize_model(exported.model_path, calibration, profile, reduce_range=reduce_range)
     with scratch_folder() as scratch:
@@ -75,8 +93,52 @@ def make_plan(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> Plan
     return Plan(exported, equalized, equalization, quantized, calibration, profile, reduce_range)
 
 
-def write(plan: Plan, student: Student, parts: Parts, folder: RunFolder, scratch: Path) -> Bundle:
+def keep_plan(plan: Plan, folder: Path) -> None:
+    """Writes what `kept_plan` reads into the folder of the training."""
+    equalized, quantized = (
+        torch.frombuffer(bytearray(model.SerializeToString(deterministic=True)), dtype=torch.uint8)
+        for model in (plan.equalized, plan.quantized)
+    )
+    factors = {
+        kind: {name: torch.from_numpy(value) for name, value in each.items()}
+        for kind, each in plan.equalization._asdict().items()
+    }
+    state = {"equalized": equalized, "quantized": quantized, "factors": factors, "reduce_range": plan.reduce_range}
+    save_state(folder / PLAN_FILE, state)
+
+
+def kept_plan(folder: Path, exported: Bundle, calibration: Images, profile: Profile) -> Plan:
+    """The plan that a training was begun with.
+
+    Raises:
+        CheckpointError: it is gone, or damaged.
+        InputError: this CPU takes other weights than the one that it was begun on.
+    """
+    import onnx
+
+    state = load_state(folder / PLAN_FILE)
+    reduce_range = bool(state["reduce_range"])
+    if reduce_range != profile.reduces_range(instruction_sets()):
+        begun, here = ("7", "8") if reduce_range else ("8", "7")
+        what = f"this training was begun for INT8 weights of {begun} bits, this CPU takes {here}"
+        raise InputError(what, where=str(folder), fix="resume it on a CPU like the first (VNNI or not), or begin anew")
+    equalized, quantized = (onnx.load_from_string(state[name].numpy().tobytes()) for name in ("equalized", "quantized"))
+    factors = {kind: {name: value.numpy() for name, value in each.items()} for kind, each in state["factors"].items()}
+    return Plan(exported, equalized, Equalization(**factors), quantized, calibration, profile, reduce_range)
+
+
+def write(
+    plan: Plan, student: Student, parts: Parts, folder: RunFolder, scratch: Path, timing: Mapping[str, int] | None
+) -> Bundle:
     """Writes the weights into `folder` and the INT8 bundle into `scratch`, once that answers as the student does.
+
+    Args:
+        plan: what the training began from.
+        student: what it ended with.
+        parts: of the run.
+        folder: of the training.
+        scratch: for the bundle.
+        timing: see `packed_where_faster`.
 
     Raises:
         VerificationError: it answers otherwise; both figures are named.
@@ -128,7 +190,9 @@ def write(plan: Plan, student: Student, parts: Parts, folder: RunFolder, scratch
         provenance=provenance,
         replace=True,
     )
-    return find_quantizer("int8").run(learned, plan.calibration, scratch / "made", profile=plan.profile, ranges=ranges)
+    source = Int8Source(learned, plan.calibration, profile=plan.profile, ranges=ranges)
+    scheme = packed_where_faster(source, Scheme(), scratch, timing)
+    return source.write(scheme, scratch / "made")
 
 
 def _load(split: Split, count: int) -> Images:

@@ -47,6 +47,11 @@ class Limits:
             what = f"{self.restarts} process(es) say nothing about speed, {LEAST_RESTARTS} are the least"
             raise InputError(what, where="--restarts", fix="0 measures nothing, and recommends nothing")
 
+    def timing(self, profile: Profile) -> dict[str, int] | None:
+        """Batch size and threads to time candidates with; None where this machine is not what the profile is for."""
+        here = self.restarts > 0 and runs_here(profile)
+        return {"batch_size": self.batch_size, "threads": self.threads} if here else None
+
 
 def hold_to(
     source: Bundle,

@@ -6,6 +6,7 @@ The file then goes before the same gate as one that was quantized after training
 
     RUN/qat/<profile>/recipe.yaml    the run's recipe with fewer epochs, a lower rate, and its own student as the start
                       log.jsonl      as of any training
+                      plan.pt        the files that say where it is rounded, as it began
                       last.pt        the state to resume from
                       onnx-fp32/     the float weights it ended with, which the INT8 bundle is made from
     RUN/onnx-int8-<profile>-qat/     the INT8 bundle, with its gate.json
@@ -31,7 +32,7 @@ from kdcompress.networks import Student
 from kdcompress.pipeline._answers import open_answers
 from kdcompress.pipeline._gate import JudgedImages, find_drop, judged_images
 from kdcompress.pipeline._parts import Parts, prepare
-from kdcompress.pipeline._rounded import Plan, make_plan, write
+from kdcompress.pipeline._rounded import Plan, export_student, keep_plan, kept_plan, make_plan, write
 from kdcompress.pipeline._source import Source, choose_profile, find_splits
 from kdcompress.pipeline._training import require_unchanged, run_training
 from kdcompress.pipeline._verdict import Limits, advice, hold_to, keep
@@ -87,6 +88,7 @@ def quantize_aware(
     if out is not None:
         require_empty(out)
     speak, chosen, run = console(), choose_profile(profile), _find_run(source)
+    held_to = limits or Limits()
     splits = find_splits(Source(run.student(), run.path, run), None, holdout) if holdout else None
     folder = RunFolder(run.path / FOLDER / chosen.name)
     if resume:
@@ -104,11 +106,12 @@ def quantize_aware(
     judged = judged_images(splits or parts.splits, run.facts.student_saw_val, picks=False)
     with scratch_folder() as scratch:
         between = (run.path if out is None else scratch) / "onnx-fp32"
-        plan = make_plan(run, parts, chosen, between)
+        start = (*export_student(run, parts, chosen, between), chosen)
+        plan = kept_plan(folder.path, *start) if resume else make_plan(*start)
         result = _train(plan, run, folder, parts, speak, resume=resume)
         with resumable(folder.path):
-            made = write(plan, result, parts, folder, scratch)
-            verdict, evidence = _hold_to(plan, made, judged, limits or Limits(), scratch)
+            made = write(plan, result, parts, folder, scratch, held_to.timing(chosen))
+            verdict, evidence = _hold_to(plan, made, judged, held_to, scratch)
         place = out or run.path / f"onnx-int8-{chosen.name}-qat"
         again = "--resume --force"
         kept = keep(made, verdict, evidence, place, judged=judged, force=force, replace=out is None, again=again)
@@ -185,6 +188,7 @@ def _train(plan: Plan, run: RunFolder, folder: RunFolder, parts: Parts, speak: C
             with atomic_folder(folder.path, replace=True) as fresh:
                 write_recipe(parts.recipe, fresh / RECIPE_FILE)
                 RunFolder(fresh).write_facts(parts.facts)
+                keep_plan(plan, fresh)
         with resumable(folder.path):
             answers.prepare()
             speak.print(f"training in {folder.path}, rounded as for {plan.profile.name}")

@@ -21,7 +21,6 @@ from kdcompress.pipeline._gate import (
     judged_images,
     load_images,
     load_labelled,
-    runs_here,
     student_saw,
 )
 from kdcompress.pipeline._int8_search import CalibrationChoice, Candidate, LayerSensitivity, Search, find_sensitivity
@@ -150,10 +149,8 @@ def choose(
         sensitivity: measure every layer's even where nothing asks for it.
         ask: gives the images for the sensitivity, and the logits to hold it against where they are not those of fp32.
     """
-    here = limits.restarts > 0 and runs_here(source.profile)
-    timing = {"batch_size": limits.batch_size, "threads": limits.threads} if here else None
     images, labels = load_labelled(judged.choose, _CHOOSING_IMAGES)
-    search = Search(source, images, labels, scratch, timing)
+    search = Search(source, images, labels, scratch, limits.timing(source.profile))
     candidate = search.calibrated(calibration)
     if mixed:
         candidate = search.laid_out(candidate)

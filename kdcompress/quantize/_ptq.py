@@ -17,13 +17,13 @@ from kdcompress.equalization import Equalization, Rounding, equalize, read_tenso
 from kdcompress.errors import VerificationError
 from kdcompress.evaluate import divergence
 from kdcompress.onnx_graph import ModelProto
+from kdcompress.onnx_normalisation import FOLDED, fold_normalisation
 from kdcompress.profiles import Profile
 from kdcompress.quantize._answers import answer_feeds
 from kdcompress.quantize._bias import correct_biases, correctable
 from kdcompress.quantize._calibrate import Extremes, find_extremes, refused
 from kdcompress.quantize._fill import fill_channels, find_fillings
 from kdcompress.quantize._float_layers import guard_float_layers
-from kdcompress.quantize._fold import FOLDED, fold_normalisation
 from kdcompress.quantize._layouts import kept_float, lay_out, quantized_layers
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
 from kdcompress.quantize._prepare import hold_constants, name_nodes, part_constants, spread_biases
@@ -43,7 +43,7 @@ class FloatModel:
         profile: the runtime that the INT8 graphs are for.
         reduce_range: whether weights get 7 bits.
         ranges: scales and zero points that a training has learned.
-        fold: the normalisation moves into the first convolution where it can (`_fold`).
+        fold: the normalisation moves into the first convolution where it can (`onnx_normalisation`).
         equalize: channels are equalized (`equalization`), which does not change what fp32 answers.
         correct: biases take back what rounded weights shift (`_bias`). Each of these two only where INT8 then answers
             more like fp32 on the calibration images.

@@ -74,7 +74,7 @@ class Int8Source:
                 profile,
                 reduce_range=self._reduce_range,
                 ranges=ranges,
-                fold=not ranges,  # a graph with learned ranges stays as it was trained
+                fold=True,
                 equalize=not ranges,
                 correct=not ranges,
             )
@@ -247,7 +247,7 @@ def quantize_model(
     ranges: Ranges | None = None,
     interface: Interface = PLAIN,
 ) -> ModelProto:
-    """Quantizes an ONNX file that belongs to no bundle, its operators and weights as they are.
+    """Quantizes an ONNX file that belongs to no bundle; but for its normalisation, its weights stay as they are.
 
     Args:
         path: an fp32 ONNX file with the input `images`.
@@ -265,4 +265,5 @@ def quantize_model(
     """
     feeds = list(batches(calibration, interface))
     with quiet():
-        return FloatModel(path, feeds, profile, reduce_range=reduce_range, ranges=ranges).quantize(Scheme())
+        source = FloatModel(path, feeds, profile, reduce_range=reduce_range, ranges=ranges, fold=True)
+        return source.quantize(Scheme())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_the_run_holds_both_files_and_the_training(shop: Shop, run: Path) -> Non
         "run.json",
         "log.jsonl",
         "last.pt",
+        "plan.pt",
         "onnx-fp32",
     }
     recipe, before = (yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in (training, run))
@@ -122,6 +124,16 @@ def test_a_finished_training_is_done_anew_and_a_stopped_one_is_resumed(shop: Sho
     changed = shop.run("quantize", "--qat", "rounded", "--for", "ort-x86", "--resume", "train.epochs=4")
     assert changed.code == 2
     assert "train.epochs: 3 → 4" in changed.err
+    plan = load_state(folder / "plan.pt")
+    save_state(folder / "plan.pt", plan | {"reduce_range": not plan["reduce_range"]})
+    elsewhere = shop.run("quantize", "--qat", "rounded", "--for", "ort-x86", "--resume")
+    assert elsewhere.code == 2
+    assert re.search("was begun for INT8 weights of [78] bits, this CPU takes [78]", elsewhere.err)
+    (folder / "plan.pt").unlink()
+    without = shop.run("quantize", "--qat", "rounded", "--for", "ort-x86", "--resume")
+    assert without.code == 2
+    assert "plan.pt does not exist" in without.err
+    save_state(folder / "plan.pt", plan)
     shop.must("quantize", "--qat", "rounded", "--for", "ort-x86", "--restarts", "0", "--resume")
     assert (run / "onnx-int8-ort-x86-qat" / "model.onnx").read_bytes() == weights
 

@@ -11,7 +11,7 @@ import kdcompress
 FLOORS = (
     {"errors"},
     {"files", "types", "resizing", "cuda_driver", "tensorrt_layers", "ranks", "onnx_graph"},
-    {"recipe", "pictures", "global_batch", "tensorrt_engine", "channel_groups"},
+    {"recipe", "pictures", "global_batch", "tensorrt_engine", "channel_groups", "onnx_normalisation"},
     {
         "losses",
         "taps",

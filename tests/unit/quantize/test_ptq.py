@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from kdcompress.errors import BundleError, VerificationError
+from kdcompress.onnx_normalisation import fold_normalisation
 from kdcompress.profiles import PROFILES
 from kdcompress.quantize._answers import predict
-from kdcompress.quantize._fold import fold_normalisation
 from kdcompress.quantize._ptq import FloatModel
 from kdcompress.quantize.base import Scheme
 from tests.unit.deployed import digits, onnx_bundle
