@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from kdcompress.onnx_graph import ModelProto, NodeProto, has_output_rows, is_depthwise, layer_size
@@ -144,11 +145,10 @@ def _added_to(node: NodeProto, facts: _Facts) -> tuple[str, ...]:
         return ()
     if node.op_type in (*_PASSED_ON, *_ALONE) or _drops_positions(node, facts):
         return node.input[0], node.output[0]
-    tensors = [name for name in node.input if name and name not in facts.weights]
-    tied = (*tensors, node.output[0])
+    tied = [*node.output, *(name for name in node.input if prod(facts.weights.get(name, (0,))) != 1)]
     sizes = {(len(shape), *shape[1:2]) for shape in (facts.shapes.get(name, (name,)) for name in tied)}
-    if node.op_type in ("Add", "Mul") and len(tensors) == 2 and len(sizes) == 1:
-        return tied
+    if node.op_type in ("Add", "Mul") and not facts.weights.keys() & set(tied) and len(sizes) == 1:
+        return tuple(tied)
     return ()
 
 

@@ -179,10 +179,16 @@ class Search:
         return min(found, key=lambda candidate: candidate.divergence)
 
     def laid_out(self, first: Candidate) -> Candidate:
-        """The fastest of quantizing everything, packed or not, dense layers only, and late dense layers only."""
+        """The fastest of quantizing everything, packed or not, gates too, dense layers only, and late ones only."""
         if self._timing is None:
             return first
-        others: list[Layout] = ["packed", "dense", "late"] if self.source.packs else ["dense", "late"]
+        differs: dict[Layout, bool] = {
+            "packed": self.source.packs,
+            "gated": self.source.gates,
+            "dense": True,
+            "late": True,
+        }
+        others = [layout for layout, wanted in differs.items() if wanted]
         candidates = [first, *(self.attempt(replace(first.scheme, layout=layout)) for layout in others)]
         best, *rest = self.timed(candidates)
         for candidate in rest:

@@ -24,6 +24,7 @@ from kdcompress.quantize._bias import correct_biases, correctable
 from kdcompress.quantize._calibrate import Extremes, find_extremes, refused
 from kdcompress.quantize._fill import fill_channels, find_fillings
 from kdcompress.quantize._float_layers import guard_float_layers
+from kdcompress.quantize._gates import has_gates, read_scaled, spell_gates
 from kdcompress.quantize._layouts import kept_float, lay_out, quantized_layers
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
 from kdcompress.quantize._prepare import hold_constants, name_nodes, part_constants, spread_biases
@@ -111,6 +112,11 @@ class FloatModel:
         """Whether the layout "packed" differs from "all"."""
         return bool(self._rows or self._fillings)
 
+    @property
+    def gates(self) -> bool:
+        """Whether the layout "gated" differs from "packed"."""
+        return has_gates(self._model) and not self.profile.skip_only
+
     def layers(self) -> dict[str, str]:
         """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
         return quantized_layers(self._model, self.profile)
@@ -141,10 +147,7 @@ class FloatModel:
 
         profile = self.profile
         types = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8}
-        pairs = {
-            name: (np.array(low, np.float32), np.array(high, np.float32))
-            for name, (low, high) in self.extremes(scheme.calibration).items()
-        }
+        extremes = dict(self.extremes(scheme.calibration))
         operators, spared = lay_out(self._model, profile, scheme.layout)
         corrected = self.corrected(scheme, only)
         in_fp32 = profile.operators if profile.skip_only else _IN_FP32
@@ -153,10 +156,19 @@ class FloatModel:
             model.CopyFrom(self._model)
             if corrected:
                 correct_biases(model, corrected, self._find_means(), reduce_range=self._reduce_range)
-            if scheme.layout == "packed" and only is None:
+            if scheme.layout in ("packed", "gated") and only is None:
                 fill_channels(model, self._fillings)
                 same = pack_rows(model, [row for row in self._rows if row.node not in scheme.keep])
-                pairs |= {new: pairs[old] for new, old in same.items() if old in pairs}
+                extremes |= {new: extremes[old] for new, old in same.items() if old in extremes}
+            factors: tuple[str, ...] = ()
+            if scheme.layout == "gated":
+                ranges, products, factors = spell_gates(model, extremes)
+                extremes |= ranges
+                operators = [*operators, "Mul"]
+                spared += [
+                    node.name for node in model.graph.node if node.op_type == "Mul" and node.name not in products
+                ]
+            pairs = {name: tuple(np.array(end, np.float32) for end in ends) for name, ends in extremes.items()}
             quantizer = QDQQuantizer(
                 model,
                 profile.per_channel,
@@ -178,6 +190,7 @@ class FloatModel:
             quantizer.quantize_model()
             quantizer.model.topological_sort()
             model = quantizer.model.model
+            read_scaled(model, factors)
             if profile.skip_only:
                 onnx_graph.free_residual_branches(model)
             else:

@@ -24,7 +24,7 @@ Ranges: TypeAlias = Mapping[str, tuple[float, int]]
 """Tensor of an ONNX graph -> its scale, a 32-bit number, and its zero point."""
 
 CalibrationMethod: TypeAlias = Literal["minmax", "entropy", "percentile"]
-Layout: TypeAlias = Literal["all", "packed", "dense", "late"]
+Layout: TypeAlias = Literal["all", "packed", "gated", "dense", "late"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Scheme:
         calibration: how the ranges of activations are found.
         layout: "all": every operator of the profile; "packed": the same, with the same answers, in the sizes that a
             kernel takes at once: channels are filled up with zeros, and convolutions of few channels compute several
-            neighbouring positions; "dense": the convolutions and matrix products of 8 or more channels, no depthwise
+            neighbouring positions; "gated": packed, and hard-swish, hard-sigmoid and the products of activations in
+            integers too; "dense": the convolutions and matrix products of 8 or more channels, no depthwise
             ones and none that see a single position, and nothing between them but ReLU and Clip right behind one;
             "late": those among the second half of the layers.
         keep: names of nodes that stay in fp32 besides.

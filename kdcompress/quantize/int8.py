@@ -88,6 +88,11 @@ class Int8Source:
         """Whether the layout "packed" differs from "all"."""
         return self._model.packs
 
+    @property
+    def gates(self) -> bool:
+        """Whether the layout "gated" differs from "packed"."""
+        return self._model.gates
+
     def quantized(self, scheme: Scheme, only: str | None = None) -> bytes:
         """The INT8 file, not on disk yet; with `only`, of one layer and all else in fp32.
 
