@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdcompress.bundle import Bundle, Preprocess, Resize, read_safetensors, write_bundle, write_safetensors
 from kdcompress.errors import BundleError, CheckpointError, ShapeError, unknown_name
-from kdcompress.models import build_network
+from kdcompress.models import build_network, load_weights
 from kdcompress.resizing import cover_and_cut
 from kdcompress.taps import Tapped, eval_mode, find_classifier, find_stages, split_head
 from kdcompress.teachers import LoadedCheckpoint, build_from, load_checkpoint
@@ -429,7 +429,7 @@ def load_student(bundle: Bundle) -> Student:
     arguments = {"image_size": bundle.preprocess.height, **bundle.arch_args}
     network = build_network(bundle.arch, num_classes=bundle.num_classes, in_channels=channels, **arguments)
     try:
-        network.load_state_dict(read_safetensors(bundle.model_path))
+        load_weights(network, read_safetensors(bundle.model_path))
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise BundleError(f"its weights do not fit {bundle.arch}: {first}", where=str(bundle.path)) from error

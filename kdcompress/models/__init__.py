@@ -16,11 +16,19 @@ from torch import nn
 
 from kdcompress.errors import InputError, unknown_name
 from kdcompress.models import cifar_resnet, timm_zoo, torchvision_zoo
-from kdcompress.models.base import PublishedWeights, weightless
+from kdcompress.models.base import PublishedWeights, load_weights, weightless
 from kdcompress.models.dscnn import DepthwiseSeparableCnn
 from kdcompress.models.vgg import Vgg8
 
-__all__ = ["OWN_NETWORKS", "PublishedWeights", "build_network", "list_networks", "published_weights", "weightless"]
+__all__ = [
+    "OWN_NETWORKS",
+    "PublishedWeights",
+    "build_network",
+    "list_networks",
+    "load_weights",
+    "published_weights",
+    "weightless",
+]
 
 OWN_NETWORKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {f"resnet{depth}": partial(cifar_resnet.CifarResNet, depth) for depth in cifar_resnet.DEPTHS}

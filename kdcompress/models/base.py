@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,3 +82,17 @@ def _spread(weight: Tensor, in_channels: int) -> Tensor:
     total = weight.sum(1, keepdim=True)
     spread = weight.index_select(1, source.to(weight.device))
     return spread + (total - spread.sum(1, keepdim=True)) / in_channels
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Gives a network all its weights, as `load_state_dict` does, whatever file they come from.
+
+    Some networks (MNASNet) ask for the version of the module that wrote them, which no file but torch's own holds. It
+    is taken to be this one's.
+
+    Raises:
+        RuntimeError: they do not fit.
+    """
+    state = OrderedDict(weights)
+    state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(state)

@@ -14,7 +14,7 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 
 from kdcompress.errors import DownloadError, InputError, ShapeError
-from kdcompress.models.base import PublishedWeights, with_input_channels
+from kdcompress.models.base import PublishedWeights, load_weights, with_input_channels
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _AUXILIARY_KEY = re.compile(r"^(aux1|aux2|AuxLogits)\.")
@@ -129,7 +129,7 @@ def _load_published(network: nn.Module, name: str) -> None:
                 f"the published weights of {name} do not fit: {key} is {tuple(tensor.shape)}, the network has {found}",
                 fix=f"use images of {size} × {size} and no further arguments, or another --init",
             )
-    network.load_state_dict(new)
+    load_weights(network, new)
 
 
 def _replace_stem(network: nn.Module, in_channels: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from kdcompress.errors import CheckpointError, InputError
-from kdcompress.models import build_network, list_networks
+from kdcompress.models import build_network, list_networks, load_weights
 from kdcompress.models.torchvision_zoo import current_names
 from kdcompress.teachers import bundle_folder, kdcompress_checkpoint, safetensors_file, state_dict, torch_file
 from kdcompress.teachers.base import FileContent, LoadedCheckpoint
@@ -135,7 +135,7 @@ def build_from(checkpoint: LoadedCheckpoint) -> nn.Module:
         if name.endswith("num_batches_tracked") and name not in weights
     }
     try:
-        network.load_state_dict(weights)
+        load_weights(network, weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         what = f"the weights do not fit {checkpoint.arch}: {first}"

@@ -146,12 +146,13 @@ def test_the_names_of_wanted_maps() -> None:
         feature_forms(stages, {"stage4": "map"})
 
 
-def test_teacher_from_a_checkpoint(tmp_path: Path) -> None:
-    network = build_network("resnet8", num_classes=4).eval()
+@pytest.mark.parametrize("arch", ["resnet8", "mnasnet0_5"])
+def test_teacher_from_a_checkpoint(arch: str, tmp_path: Path) -> None:
+    network = build_network(arch, num_classes=4).eval()
     save_checkpoint(
         tmp_path / "a.pt",
         network,
-        arch="resnet8",
+        arch=arch,
         arch_args={},
         num_classes=4,
         in_channels=3,
@@ -162,10 +163,15 @@ def test_teacher_from_a_checkpoint(tmp_path: Path) -> None:
     one = Teacher.load(tmp_path / "a.pt")
     images = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(one.predict(images), network((images - MEAN) / STD))
-    assert (one.name, one.classes, one.path) == ("resnet8", tuple("abcd"), tmp_path / "a.pt")
+    assert (one.name, one.classes, one.path) == (arch, tuple("abcd"), tmp_path / "a.pt")
     assert one.training_digests is not None
     assert one.training_digests.tolist() == [1, 3]
-    assert Teacher.load(tmp_path / "a.pt", name="first", stages=("layer2",)).feature_shapes == {"stage1": (32, 4, 4)}
+
+
+def test_a_teacher_has_the_name_and_the_stages_it_is_given(tmp_path: Path) -> None:
+    torch.save(build_network("resnet8", num_classes=4).state_dict(), tmp_path / "a.pt")
+    one = Teacher.load(tmp_path / "a.pt", preprocess=PREPROCESS, name="first", stages=("layer2",))
+    assert (one.name, one.feature_shapes) == ("first", {"stage1": (32, 4, 4)})
 
 
 def test_file_that_does_not_state_its_normalisation(tmp_path: Path) -> None:
@@ -261,7 +267,7 @@ def test_deployable_exports_to_onnx(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, shipped(images).numpy(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v3_small", "mnasnet0_5"])
 def test_saved_student_answers_bit_for_bit(name: str, tmp_path: Path) -> None:
     preprocess = Preprocess(3, 32, 32, (0.5,) * 3, (0.5,) * 3)
     one = student(name, preprocess)
