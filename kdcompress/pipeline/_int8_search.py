@@ -215,6 +215,15 @@ class Search:
             found.append(candidate)
         return min(found, key=lambda candidate: (candidate.drop.value, len(candidate.scheme.keep)))
 
+    def within(self, max_drop: float) -> Candidate | None:
+        """The fastest of all that were tried whose drop is within the limit for sure, if one is faster than fp32.
+
+        A layout that quantizes less may lose less than the fastest one with some of its layers in fp32.
+        """
+        fitting = [(one.speed_up, one) for one in self.tried if one.speed_up is not None and one.drop.high <= max_drop]
+        speed_up, found = max(fitting, key=lambda entry: entry[0], default=(0.0, None))
+        return found if speed_up > 1 else None
+
     def timed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their speed-up over fp32, all timed in turns in one process."""
         if self._timing is None:

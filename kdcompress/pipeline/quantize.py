@@ -160,6 +160,7 @@ def choose(
         layers = find_sensitivity(source, candidate.scheme, *ask())
     if too_much:
         candidate = search.mixed(candidate, layers, limits.max_drop)
+        candidate = search.within(limits.max_drop) or candidate
     tried = search.document()
     place = search.place(candidate)
     console().print(tried_table(tried, place))

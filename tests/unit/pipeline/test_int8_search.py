@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kdcompress.gate import accuracy_drop
-from kdcompress.pipeline._int8_search import LayerSensitivity, Search, divergence, find_sensitivity
+from kdcompress.pipeline._int8_search import Candidate, LayerSensitivity, Search, divergence, find_sensitivity
 from kdcompress.profiles import PROFILES
-from kdcompress.quantize.base import Scheme
+from kdcompress.quantize.base import Layout, Scheme
 from kdcompress.quantize.int8 import Int8Source
 from tests.unit.deployed import digits, onnx_bundle
 
@@ -104,3 +104,19 @@ def test_layouts_are_timed_where_the_target_is_here(source: Int8Source, tmp_path
     assert set(ratios) == {"all", "packed", "dense", "late"}
     assert taken.speed_up is not None
     assert all(taken.speed_up * 1.05 >= ratio for ratio in ratios.values() if ratio is not None)
+
+
+def test_the_fastest_of_all_that_lose_little_is_taken(source: Int8Source, tmp_path: Path) -> None:
+    tried = search(source, tmp_path)
+    one = tried.attempt(Scheme())
+
+    def candidate(layout: Layout, high: float, speed_up: float | None) -> Candidate:
+        return replace(one, scheme=Scheme(layout=layout), drop=replace(one.drop, high=high), speed_up=speed_up)
+
+    tried.tried = [candidate("packed", 0.03, 2.0), candidate("late", 0.005, 1.2), candidate("dense", 0.002, 1.1)]
+    assert tried.within(0.01) == tried.tried[1]
+    assert tried.within(0.003) == tried.tried[2]
+    assert tried.within(0.05) == tried.tried[0]
+    assert tried.within(0.001) is None
+    tried.tried = [candidate("late", 0.0, 0.9), candidate("dense", 0.0, None)]
+    assert tried.within(0.01) is None
