@@ -97,12 +97,13 @@ def convert_to_fp16(
             few = images[:VERIFIED_IMAGES]
             bundle = walk(bundle, "onnx", between, profile=chosen, images=few, replace=True)
         made = Fp16Quantizer(autocast).run(bundle, images, folder, profile=chosen, replace=out is None)
+        smaller = bundle.size_mb / made.size_mb
     step = made.provenance[-1]
     told, kept = step["agreement"], step["kept_float32"]
     difference, largest = told["largest_difference"], told["largest_logit"]
     speak = console()
     speak.print(
-        f"{made.path} · {made.size_mb:.3f} MB ({bundle.size_mb / made.size_mb:.1f} × smaller) · the class of "
+        f"{made.path} · {made.size_mb:.3f} MB ({smaller:.1f} × smaller) · the class of "
         f"{told['with']} for {told['value']:.2%} of {told['images']} images, logits differ by {difference} at most "
         f"(the largest is {largest})"
     )

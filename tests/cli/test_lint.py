@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def test_what_is_written_for_a_profile_passes_and_says_so(shop: Shop, run: Path)
         said == "nothing found\nlinted/onnx-fp16 for trt11 (tensorrt 11.0, NVIDIA GPU): 0 errors, 0 warnings, 0 notes\n"
     )
     assert "0 errors, 1 warning" in shop.must("lint", "linted/onnx-int8-trt11", "--for", "jetson-orin")
+
+
+def test_fp16_is_written_where_it_is_wanted(shop: Shop, run: Path) -> None:
+    before = {path.name for path in run.iterdir()}
+    said = shop.must("quantize", "linted/student", "--fp16", "--for", "trt", "--out", "elsewhere")
+    assert re.search(r"elsewhere · [\d.]+ MB \([12]\.\d × smaller\)", said)
+    assert (shop.folder / "elsewhere" / "model.onnx").read_bytes() == (run / "onnx-fp16" / "model.onnx").read_bytes()
+    assert {path.name for path in run.iterdir()} == before
 
 
 def test_the_rest_of_an_int8_bundle_becomes_fp16(shop: Shop, run: Path) -> None:
