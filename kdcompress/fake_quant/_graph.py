@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -264,6 +265,7 @@ class _Reader:
         self.modules: dict[str, nn.Module] = {}
         self.rounded: dict[str, tuple[str, str]] = {}
         self.rounders: dict[str, str] = {}
+        self.reread = _read_otherwise(model, self.given)
 
     def read(self) -> GraphNetwork:
         graph = self.model.graph
@@ -276,8 +278,7 @@ class _Reader:
         if node.op_type == "QuantizeLinear":
             return self.quantize(node)
         if node.op_type == "DequantizeLinear":
-            self.dequantize(node)
-            return ()
+            return self.dequantize(node)
         inputs = tuple(self.same.get(name, name) for name in node.input)
         if node.op_type in _LAYERS and len(inputs) > 1:
             name, scheme = self.weights.get(inputs[1], (inputs[1], None))
@@ -315,14 +316,17 @@ class _Reader:
             kind = self.given[zero_point].dtype
             limits = torch.iinfo(kind)
             start = float(self.given[scale]), int(self.given[zero_point])
-            self.modules[key] = FakeQuantize(*start, limits.min, limits.max, learned=name != FOLDED)
+            learned = name != FOLDED and node.output[0] not in self.reread
+            self.modules[key] = FakeQuantize(*start, limits.min, limits.max, learned=learned)
         source = self.same.get(name, name)
         self.rounded[name] = (node.output[0], key)
         self.rounders[node.output[0]] = key
         return (Step(key, (source,), (node.output[0],)),)
 
-    def dequantize(self, node: NodeProto) -> None:
+    def dequantize(self, node: NodeProto) -> tuple[Step, ...]:
         name = node.input[0]
+        if factor := self.reread.get(name, {}).get(node.output[0]):
+            return (Step(partial(torch.mul, other=factor), (name,), (node.output[0],)),)
         if name in self.weights:  # a float weight behind a QuantizeLinear
             self.weights[node.output[0]] = self.weights[name]
         elif name in self.given:
@@ -332,6 +336,7 @@ class _Reader:
             self.given[node.output[0]] = _dequantized(self.given, node)
         else:
             self.same[node.output[0]] = name
+        return ()
 
     def scheme(self, node: NodeProto) -> WeightScheme:
         axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
@@ -355,6 +360,21 @@ def tensors(model: ModelProto) -> dict[str, Tensor]:
     from onnx import numpy_helper
 
     return {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in model.graph.initializer}
+
+
+def _read_otherwise(model: ModelProto, given: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Integers that are read with another scale than they were written with → what is read → how much larger it is.
+
+    What they hold is a function that ends where the integers do (`quantize/_gates.py`), so their range is not learned.
+    """
+    written = {node.output[0]: node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    found: dict[str, dict[str, float]] = {}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in written:
+            before, after = given[written[node.input[0]]], given[node.input[1]]
+            if not bool((before == after).all()):
+                found.setdefault(node.input[0], {})[node.output[0]] = float(after / before)
+    return found
 
 
 def _dequantized(given: Mapping[str, Tensor], node: NodeProto) -> Tensor:

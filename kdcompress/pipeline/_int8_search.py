@@ -13,11 +13,12 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from kdcompress.bundle import Bundle
 from kdcompress.evaluate import agreement, divergence
 from kdcompress.gate import Drop, accuracy_drop
 from kdcompress.pipeline._gate import race
-from kdcompress.quantize.base import CalibrationMethod, Layout, Scheme
-from kdcompress.quantize.int8 import Int8Source
+from kdcompress.quantize.base import PACKED, CalibrationMethod, Layout, Scheme
+from kdcompress.quantize.int8 import FloatModel, Int8Source
 from kdcompress.types import Images, Labels, Logits
 
 CalibrationChoice: TypeAlias = Literal["minmax", "entropy", "percentile", "auto"]
@@ -93,25 +94,23 @@ def find_sensitivity(
     return tuple(sorted(found, key=lambda entry: -entry.divergence))
 
 
-def time_schemes(
-    source: Int8Source, schemes: Sequence[Scheme], scratch: Path, timing: Mapping[str, int]
-) -> list[float]:
-    """How much faster than fp32 each is, all timed in turns in one process.
+def time_files(source: Bundle, contents: Sequence[bytes], scratch: Path, timing: Mapping[str, int]) -> list[float]:
+    """How much faster than an fp32 bundle each INT8 file of it is, all timed in turns in one process.
 
     Args:
-        source: the fp32 bundle with its ranges.
-        schemes: ways to quantize it.
-        scratch: a folder for the files.
+        source: the fp32 bundle.
+        contents: the files.
+        scratch: a folder for them.
         timing: batch size and threads to time with.
     """
     place = Path(tempfile.mkdtemp(dir=scratch))
-    files = {"fp32": source.bundle}
-    for number, scheme in enumerate(schemes):
-        file = files[str(number)] = replace(source.bundle, path=place / str(number))  # opened as the fp32 bundle is
+    files = {"fp32": source}
+    for number, content in enumerate(contents):
+        file = files[str(number)] = replace(source, path=place / str(number))  # opened as the fp32 bundle is
         file.path.mkdir()
-        file.model_path.write_bytes(source.quantized(scheme))
+        file.model_path.write_bytes(content)
     latency = race(files, restarts=1, iterations=60, **timing)
-    return [latency["fp32"].p50_ms / latency[str(number)].p50_ms for number in range(len(schemes))]
+    return [latency["fp32"].p50_ms / latency[str(number)].p50_ms for number in range(len(contents))]
 
 
 def packed_where_faster(source: Int8Source, scheme: Scheme, scratch: Path, timing: Mapping[str, int] | None) -> Scheme:
@@ -121,13 +120,32 @@ def packed_where_faster(source: Int8Source, scheme: Scheme, scratch: Path, timin
         source: the fp32 bundle with its ranges.
         scheme: quantizes everything.
         scratch: a folder for what is timed.
-        timing: see `time_schemes`; None: this machine is not what the file is for.
+        timing: see `time_files`; None: this machine is not what the file is for.
     """
     if timing is None or not source.packs:
         return scheme
-    packed = replace(scheme, layout="packed")
-    before, after = time_schemes(source, (scheme, packed), scratch, timing)
+    packed = replace(scheme, layout=PACKED[scheme.layout])
+    contents = [source.quantized(each) for each in (scheme, packed)]
+    before, after = time_files(source.bundle, contents, scratch, timing)
     return packed if after > _WORTH_PACKING * before else scheme
+
+
+def gated_where_faster(source: FloatModel, bundle: Bundle, scratch: Path, timing: Mapping[str, int] | None) -> Layout:
+    """The layout "all", or "gated" where that is faster, both packed.
+
+    Args:
+        source: the graph of the bundle, with its ranges.
+        bundle: in fp32.
+        scratch: a folder for what is timed.
+        timing: see `time_files`; None: this machine is not what the file is for.
+    """
+    if timing is None or not source.gates:
+        return "all"
+    layouts: tuple[Layout, ...] = ("all", "gated")
+    schemes = [Scheme(layout=PACKED[layout] if source.packs else layout) for layout in layouts]
+    contents = [source.quantize(scheme).SerializeToString(deterministic=True) for scheme in schemes]
+    before, after = time_files(bundle, contents, scratch, timing)
+    return "gated" if after > _WORTH * before else "all"
 
 
 class Search:
@@ -182,13 +200,10 @@ class Search:
         """The fastest of quantizing everything, packed or not, gates too, dense layers only, and late ones only."""
         if self._timing is None:
             return first
-        differs: dict[Layout, bool] = {
-            "packed": self.source.packs,
-            "gated": self.source.gates,
-            "dense": True,
-            "late": True,
-        }
-        others = [layout for layout, wanted in differs.items() if wanted]
+        others: list[Layout] = ["packed"] if self.source.packs else []
+        if self.source.gates:
+            others.append("packed-gated" if self.source.packs else "gated")
+        others += ["dense", "late"]
         candidates = [first, *(self.attempt(replace(first.scheme, layout=layout)) for layout in others)]
         best, *rest = self.timed(candidates)
         for candidate in rest:
@@ -228,11 +243,10 @@ class Search:
         """The candidates with their speed-up over fp32, all timed in turns in one process."""
         if self._timing is None:
             return list(candidates)
-        schemes = [candidate.scheme for candidate in candidates]
+        contents = [self.source.quantized(candidate.scheme) for candidate in candidates]
+        ratios = time_files(self.source.bundle, contents, self._scratch, self._timing)
         found = []
-        for candidate, ratio in zip(
-            candidates, time_schemes(self.source, schemes, self._scratch, self._timing), strict=True
-        ):
+        for candidate, ratio in zip(candidates, ratios, strict=True):
             found.append(replace(candidate, speed_up=ratio))
             self.tried[self.tried.index(candidate)] = found[-1]
         return found

@@ -24,13 +24,13 @@ from kdcompress.export import walk
 from kdcompress.fake_quant import learned_model, learned_ranges
 from kdcompress.files import scratch_folder
 from kdcompress.networks import Student
-from kdcompress.pipeline._int8_search import packed_where_faster
+from kdcompress.pipeline._int8_search import gated_where_faster, packed_where_faster
 from kdcompress.pipeline._parts import Parts
 from kdcompress.pipeline._source import VERIFIED_IMAGES
 from kdcompress.pipeline.base import RunFolder
 from kdcompress.profiles import Profile, instruction_sets
-from kdcompress.quantize.base import Scheme
-from kdcompress.quantize.int8 import Int8Source, equalize_model, quantize_model
+from kdcompress.quantize.base import Layout, Scheme
+from kdcompress.quantize.int8 import Int8Source, equalize_model, open_float_model, quantize_model
 from kdcompress.runtimes.onnxruntime_runtime import OnnxPredictor, open_session
 from kdcompress.types import Images
 
@@ -55,6 +55,7 @@ class Plan:
         calibration: those images.
         profile: the scheme.
         reduce_range: whether weights get 7 bits.
+        layout: what is quantized, "all" or "gated".
     """
 
     exported: Bundle
@@ -64,6 +65,7 @@ class Plan:
     calibration: Images
     profile: Profile
     reduce_range: bool
+    layout: Layout
 
 
 def export_student(run: RunFolder, parts: Parts, profile: Profile, out: Path) -> tuple[Bundle, Images]:
@@ -78,8 +80,14 @@ def export_student(run: RunFolder, parts: Parts, profile: Profile, out: Path) ->
     return walk(run.student(), "onnx", out, profile=profile, images=few, replace=True), calibration
 
 
-def make_plan(exported: Bundle, calibration: Images, profile: Profile) -> Plan:
+def make_plan(exported: Bundle, calibration: Images, profile: Profile, timing: Mapping[str, int] | None) -> Plan:
     """Quantizes a student after training.
+
+    Args:
+        exported: its fp32 ONNX bundle.
+        calibration: training images.
+        profile: the scheme.
+        timing: see `gated_where_faster`.
 
     Raises:
         VerificationError: the graph cannot be quantized.
@@ -89,8 +97,10 @@ def make_plan(exported: Bundle, calibration: Images, profile: Profile) -> Plan:
     with scratch_folder() as scratch:
         file = scratch / "equalized.onnx"
         file.write_bytes(equalized.SerializeToString())
-        quantized = quantize_model(file, calibration, profile, reduce_range=reduce_range)
-    return Plan(exported, equalized, equalization, quantized, calibration, profile, reduce_range)
+        model = open_float_model(file, calibration, profile, reduce_range=reduce_range)
+        layout = gated_where_faster(model, exported, scratch, timing)
+        quantized = model.quantize(Scheme(layout=layout))
+    return Plan(exported, equalized, equalization, quantized, calibration, profile, reduce_range, layout)
 
 
 def keep_plan(plan: Plan, folder: Path) -> None:
@@ -104,6 +114,7 @@ def keep_plan(plan: Plan, folder: Path) -> None:
         for kind, each in plan.equalization._asdict().items()
     }
     state = {"equalized": equalized, "quantized": quantized, "factors": factors, "reduce_range": plan.reduce_range}
+    state |= {"layout": plan.layout}
     save_state(folder / PLAN_FILE, state)
 
 
@@ -124,7 +135,8 @@ def kept_plan(folder: Path, exported: Bundle, calibration: Images, profile: Prof
         raise InputError(what, where=str(folder), fix="resume it on a CPU like the first (VNNI or not), or begin anew")
     equalized, quantized = (onnx.load_from_string(state[name].numpy().tobytes()) for name in ("equalized", "quantized"))
     factors = {kind: {name: value.numpy() for name, value in each.items()} for kind, each in state["factors"].items()}
-    return Plan(exported, equalized, Equalization(**factors), quantized, calibration, profile, reduce_range)
+    equalization, layout = Equalization(**factors), state["layout"]
+    return Plan(exported, equalized, equalization, quantized, calibration, profile, reduce_range, layout)
 
 
 def write(
@@ -146,7 +158,14 @@ def write(
     model, ranges = learned_model(student, plan.equalized), learned_ranges(student)
     file = scratch / "learned.onnx"
     file.write_bytes(model.SerializeToString(deterministic=True))
-    made = quantize_model(file, plan.calibration, plan.profile, reduce_range=plan.reduce_range, ranges=ranges)
+    made = quantize_model(
+        file,
+        plan.calibration,
+        plan.profile,
+        reduce_range=plan.reduce_range,
+        ranges=ranges,
+        layout=plan.layout,
+    )
     file.write_bytes(made.SerializeToString(deterministic=True))
     session = open_session(file, as_written=plan.profile.runtime != "onnxruntime")
     predictor = OnnxPredictor(session, plan.exported.preprocess, plan.exported.interface)
@@ -191,7 +210,7 @@ def write(
         replace=True,
     )
     source = Int8Source(learned, plan.calibration, profile=plan.profile, ranges=ranges)
-    scheme = packed_where_faster(source, Scheme(), scratch, timing)
+    scheme = packed_where_faster(source, Scheme(layout=plan.layout), scratch, timing)
     return source.write(scheme, scratch / "made")
 
 

@@ -107,10 +107,11 @@ def quantize_aware(
     with scratch_folder() as scratch:
         between = (run.path if out is None else scratch) / "onnx-fp32"
         start = (*export_student(run, parts, chosen, between), chosen)
-        plan = kept_plan(folder.path, *start) if resume else make_plan(*start)
+        timing = held_to.timing(chosen)
+        plan = kept_plan(folder.path, *start) if resume else make_plan(*start, timing)
         result = _train(plan, run, folder, parts, speak, resume=resume)
         with resumable(folder.path):
-            made = write(plan, result, parts, folder, scratch, held_to.timing(chosen))
+            made = write(plan, result, parts, folder, scratch, timing)
             verdict, evidence = _hold_to(plan, made, judged, held_to, scratch)
         place = out or run.path / f"onnx-int8-{chosen.name}-qat"
         again = "--resume --force"

@@ -40,7 +40,7 @@ def lay_out(model: ModelProto, profile: Profile, layout: Layout) -> tuple[Sequen
         profile: the scheme.
         layout: see `Scheme`.
     """
-    if layout in ("all", "packed", "gated"):
+    if layout not in ("dense", "late"):
         return profile.operators, []
     known = quantized_layers(model, profile)
     weights = {item.name: item for item in model.graph.initializer}

@@ -19,7 +19,7 @@ from kdcompress.evaluate import divergence
 from kdcompress.onnx_graph import ModelProto
 from kdcompress.onnx_normalisation import FOLDED, fold_normalisation
 from kdcompress.profiles import Profile
-from kdcompress.quantize._answers import answer_feeds
+from kdcompress.quantize._answers import answer_feeds, quiet
 from kdcompress.quantize._bias import correct_biases, correctable
 from kdcompress.quantize._calibrate import Extremes, find_extremes, refused
 from kdcompress.quantize._fill import fill_channels, find_fillings
@@ -29,7 +29,7 @@ from kdcompress.quantize._layouts import kept_float, lay_out, quantized_layers
 from kdcompress.quantize._pack import activation_of, find_rows, pack_rows
 from kdcompress.quantize._prepare import hold_constants, name_nodes, part_constants, spread_biases
 from kdcompress.quantize._spread import measure_means, measure_spreads
-from kdcompress.quantize.base import CalibrationMethod, Ranges, Scheme
+from kdcompress.quantize.base import GATED, PACKED, CalibrationMethod, Ranges, Scheme
 
 _IN_FP32 = ("Gemm", "MatMul")
 """Outputs that stay fp32: logits of 8 bits would tie where fp32 decides, and a matrix product sums in fp32 anyway."""
@@ -53,6 +53,7 @@ class FloatModel:
         VerificationError: this is not a graph that can be quantized.
     """
 
+    @quiet()
     def __init__(
         self,
         path: Path,
@@ -114,7 +115,7 @@ class FloatModel:
 
     @property
     def gates(self) -> bool:
-        """Whether the layout "gated" differs from "packed"."""
+        """Whether the layout "gated" differs from "all"."""
         return has_gates(self._model) and not self.profile.skip_only
 
     def layers(self) -> dict[str, str]:
@@ -131,6 +132,7 @@ class FloatModel:
             self._extremes[method] = find_extremes(self._model, self._feeds, self.profile, method, where=self.path)
         return self._extremes[method]
 
+    @quiet()
     def quantize(self, scheme: Scheme, only: str | None = None) -> ModelProto:
         """The graph in INT8; the same bytes whenever it is made from the same.
 
@@ -156,12 +158,12 @@ class FloatModel:
             model.CopyFrom(self._model)
             if corrected:
                 correct_biases(model, corrected, self._find_means(), reduce_range=self._reduce_range)
-            if scheme.layout in ("packed", "gated") and only is None:
+            if scheme.layout in PACKED.values() and only is None:
                 fill_channels(model, self._fillings)
                 same = pack_rows(model, [row for row in self._rows if row.node not in scheme.keep])
                 extremes |= {new: extremes[old] for new, old in same.items() if old in extremes}
             factors: tuple[str, ...] = ()
-            if scheme.layout == "gated":
+            if scheme.layout in GATED:
                 ranges, products, factors = spell_gates(model, extremes)
                 extremes |= ranges
                 operators = [*operators, "Mul"]

@@ -24,7 +24,11 @@ Ranges: TypeAlias = Mapping[str, tuple[float, int]]
 """Tensor of an ONNX graph -> its scale, a 32-bit number, and its zero point."""
 
 CalibrationMethod: TypeAlias = Literal["minmax", "entropy", "percentile"]
-Layout: TypeAlias = Literal["all", "packed", "gated", "dense", "late"]
+Layout: TypeAlias = Literal["all", "packed", "gated", "packed-gated", "dense", "late"]
+
+PACKED: Mapping[Layout, Layout] = {"all": "packed", "gated": "packed-gated"}
+"""Layout → the one with the same answers, packed."""
+GATED: tuple[Layout, ...] = ("gated", "packed-gated")
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,10 @@ class Scheme:
 
     Args:
         calibration: how the ranges of activations are found.
-        layout: "all": every operator of the profile; "packed": the same, with the same answers, in the sizes that a
+        layout: "all": every operator of the profile; "gated": hard-swish, hard-sigmoid and the products of activations
+            in integers too; "packed", "packed-gated": the same as these, with the same answers, in the sizes that a
             kernel takes at once: channels are filled up with zeros, and convolutions of few channels compute several
-            neighbouring positions; "gated": packed, and hard-swish, hard-sigmoid and the products of activations in
-            integers too; "dense": the convolutions and matrix products of 8 or more channels, no depthwise
+            neighbouring positions; "dense": the convolutions and matrix products of 8 or more channels, no depthwise
             ones and none that see a single position, and nothing between them but ReLU and Clip right behind one;
             "late": those among the second half of the layers.
         keep: names of nodes that stay in fp32 besides.

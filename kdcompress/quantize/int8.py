@@ -26,10 +26,12 @@ from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.onnx_graph import ModelProto
 from kdcompress.profiles import Profile, instruction_sets
-from kdcompress.quantize._answers import batches, images_digest, predict, quiet
+from kdcompress.quantize._answers import batches, images_digest, predict
 from kdcompress.quantize._ptq import FloatModel
-from kdcompress.quantize.base import OtherImages, Ranges, Scheme
+from kdcompress.quantize.base import Layout, OtherImages, Ranges, Scheme
 from kdcompress.types import Images, Logits
+
+__all__ = ["QUANTIZER", "FloatModel", "Int8Source", "equalize_model", "open_float_model", "quantize_model"]
 
 _LEAST_AGREEMENT = 0.5
 """Below this a file does not answer as its source does; between this and 1 is for the gate to judge."""
@@ -67,17 +69,16 @@ class Int8Source:
         if not feeds:
             what = f"{len(calibration)} images to calibrate on, the file takes {bundle.interface.batch} at once"
             raise ShapeError(what, where=str(bundle.path))
-        with quiet():
-            self._model = FloatModel(
-                bundle.model_path,
-                feeds,
-                profile,
-                reduce_range=self._reduce_range,
-                ranges=ranges,
-                fold=True,
-                equalize=not ranges,
-                correct=not ranges,
-            )
+        self._model = FloatModel(
+            bundle.model_path,
+            feeds,
+            profile,
+            reduce_range=self._reduce_range,
+            ranges=ranges,
+            fold=True,
+            equalize=not ranges,
+            correct=not ranges,
+        )
 
     def layers(self) -> dict[str, str]:
         """Node -> name of its weight, for each layer that the profile quantizes, in the order of the graph."""
@@ -90,7 +91,7 @@ class Int8Source:
 
     @property
     def gates(self) -> bool:
-        """Whether the layout "gated" differs from "packed"."""
+        """Whether the layout "gated" differs from "all"."""
         return self._model.gates
 
     def quantized(self, scheme: Scheme, only: str | None = None) -> bytes:
@@ -99,7 +100,7 @@ class Int8Source:
         Raises:
             VerificationError: the graph cannot be quantized.
         """
-        content: bytes = self._quantize(scheme, only).SerializeToString(deterministic=True)
+        content: bytes = self._model.quantize(scheme, only).SerializeToString(deterministic=True)
         return content
 
     def answers(self, images: OtherImages, content: bytes | None = None) -> Logits:
@@ -135,7 +136,7 @@ class Int8Source:
         """
         bundle, profile = self.bundle, self.profile
         compared = self._calibration if images is None else images
-        model = self._quantize(scheme)
+        model = self._model.quantize(scheme)
         quantized = self.answers(compared, model.SerializeToString(deterministic=True))
         agreed = agreement(self.answers(compared), quantized)
         if agreed < _LEAST_AGREEMENT:
@@ -193,10 +194,6 @@ class Int8Source:
             replace=replace,
         )
 
-    def _quantize(self, scheme: Scheme, only: str | None = None) -> ModelProto:
-        with quiet():
-            return self._model.quantize(scheme, only)
-
 
 class _Int8:
     """See the module."""
@@ -237,10 +234,35 @@ def equalize_model(
     Returns:
         The model, an `onnx.ModelProto` whose answers are the same, and the factors.
     """
-    with quiet():
-        source = FloatModel(path, list(batches(calibration)), profile, reduce_range=reduce_range, equalize=True)
+    source = FloatModel(path, list(batches(calibration)), profile, reduce_range=reduce_range, equalize=True)
     source.model.graph.ClearField("value_info")
     return source.model, source.equalization
+
+
+def open_float_model(
+    path: Path,
+    calibration: Images,
+    profile: Profile,
+    *,
+    reduce_range: bool,
+    ranges: Ranges | None = None,
+    interface: Interface = PLAIN,
+) -> FloatModel:
+    """An ONNX file that belongs to no bundle, ready to be quantized; but for its normalisation it stays as it is.
+
+    Args:
+        path: an fp32 ONNX file with the input `images`.
+        calibration: real images in [0, 1], at the network's size.
+        profile: the scheme.
+        reduce_range: whether weights get 7 bits.
+        ranges: scales and zero points that are not to be found on `calibration`.
+        interface: how the file is spoken to.
+
+    Raises:
+        VerificationError: this is not a graph that can be quantized.
+    """
+    feeds = list(batches(calibration, interface))
+    return FloatModel(path, feeds, profile, reduce_range=reduce_range, ranges=ranges, fold=True)
 
 
 def quantize_model(
@@ -251,24 +273,12 @@ def quantize_model(
     reduce_range: bool,
     ranges: Ranges | None = None,
     interface: Interface = PLAIN,
+    layout: Layout = "all",
 ) -> ModelProto:
-    """Quantizes an ONNX file that belongs to no bundle; but for its normalisation, its weights stay as they are.
-
-    Args:
-        path: an fp32 ONNX file with the input `images`.
-        calibration: real images in [0, 1], at the network's size.
-        profile: the scheme.
-        reduce_range: whether weights get 7 bits.
-        ranges: scales and zero points that are not to be found on `calibration`.
-        interface: how the file is spoken to.
-
-    Returns:
-        The quantized model, an `onnx.ModelProto`; the same bytes whenever it is made from the same.
+    """The INT8 graph of what `open_float_model` opens, an `onnx.ModelProto`; the same bytes whenever it is made anew.
 
     Raises:
         VerificationError: the quantizer could not be run on this graph, or made one that is not valid.
     """
-    feeds = list(batches(calibration, interface))
-    with quiet():
-        source = FloatModel(path, feeds, profile, reduce_range=reduce_range, ranges=ranges, fold=True)
-        return source.quantize(Scheme())
+    source = open_float_model(path, calibration, profile, reduce_range=reduce_range, ranges=ranges, interface=interface)
+    return source.quantize(Scheme(layout=layout))

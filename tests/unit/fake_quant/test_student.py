@@ -22,6 +22,7 @@ from kdcompress.models import build_network
 from kdcompress.networks import Student
 from kdcompress.onnx_normalisation import FOLDED
 from kdcompress.profiles import PROFILES, get_profile
+from kdcompress.quantize.base import Layout
 from kdcompress.quantize.int8 import quantize_model
 from kdcompress.runtimes.onnxruntime_runtime import open_session
 from tests.unit.deployed import digits, onnx_bundle, trained_student
@@ -214,13 +215,13 @@ def wrapped(network: nn.Module, size: int, stages: tuple[str, ...] | None = None
     return student.eval()
 
 
-def check(student: Student, folder: Path, fixed_norms: int = 0) -> None:
+def check(student: Student, folder: Path, fixed_norms: int = 0, layout: Layout = "all") -> None:
     """It computes what its INT8 file says, and every weight gets a gradient."""
     shape = student.preprocess.image_shape
     images = torch.rand(24, *shape, generator=torch.Generator().manual_seed(9))
     profile = get_profile("ort-x86")
     write_onnx(student.deployable(), shape, folder / "fp32.onnx", opset=profile.opset, metadata={})
-    model = quantize_model(folder / "fp32.onnx", images, profile, reduce_range=False)
+    model = quantize_model(folder / "fp32.onnx", images, profile, reduce_range=False, layout=layout)
     fp32 = onnx.load(folder / "fp32.onnx")
     same = prepare_student(student, fp32, model).eval()
     assert same.feature_shapes == student.feature_shapes
@@ -240,11 +241,35 @@ def check(student: Student, folder: Path, fixed_norms: int = 0) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in same.parameters())
 
 
-def test_many_layers_of_many_kinds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["all", "gated"])
+def test_many_layers_of_many_kinds(layout: Layout, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Mixed()
     network.stem[1].weight.data[3] = 0  # a channel that batch norm has switched off
-    check(wrapped(network, 16, ("stem", "deep")), tmp_path)
+    check(wrapped(network, 16, ("stem", "deep")), tmp_path, layout=layout)
+
+
+def test_integers_that_hold_a_gate_end_where_it_does_after_a_training_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = wrapped(Mixed(), 16, ("stem", "deep"))
+    images = torch.rand(24, 3, 16, 16)
+    write_onnx(student.deployable(), (3, 16, 16), tmp_path / "fp32.onnx", opset=17, metadata={})
+    profile, fp32 = get_profile("ort-x86"), onnx.load(tmp_path / "fp32.onnx")
+    model = quantize_model(tmp_path / "fp32.onnx", images, profile, reduce_range=False, layout="gated")
+    rounded = prepare_student(student, fp32, model)
+    before = learned_ranges(rounded)
+    optimizer = torch.optim.SGD(rounded.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        rounded.train()(images).logits.square().mean().backward()
+        optimizer.step()
+    after = learned_ranges(rounded)
+    same = {name for name, value in before.items() if after[name] == value}
+    gates = {name for name in before if name.endswith(("_sum", "_cut"))}
+    assert {before[name] for name in gates} == {(float(np.float32(6 / 255)), 0)}
+    assert len(gates) == 3
+    assert gates < same
+    assert len(same) < len(before) / 2
 
 
 def test_a_feature_map_is_not_taken_for_the_step_before_it(tmp_path: Path) -> None:
@@ -257,6 +282,7 @@ WITHOUT_CONVOLUTION = {"densenet121": 62, "timm/repvgg_a0": 17}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["all", "gated"])
 @pytest.mark.parametrize(
     "arch",
     [
@@ -265,13 +291,13 @@ WITHOUT_CONVOLUTION = {"densenet121": 62, "timm/repvgg_a0": 17}
         *("timm/resnet10t", "timm/mobilenetv4_conv_small", "timm/efficientnet_lite0", "timm/repvgg_a0"),
     ],
 )
-def test_networks_of_the_zoo(arch: str, tmp_path: Path) -> None:
+def test_networks_of_the_zoo(arch: str, layout: Layout, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = build_network(arch, num_classes=5, in_channels=3, image_size=64)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():  # as residual branches begin
             nn.init.constant_(module.weight, 0.5)
-    check(wrapped(network, 64), tmp_path, WITHOUT_CONVOLUTION.get(arch, 0))
+    check(wrapped(network, 64), tmp_path, WITHOUT_CONVOLUTION.get(arch, 0), layout)
 
 
 class NormsFirst(nn.Module):

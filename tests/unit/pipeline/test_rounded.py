@@ -20,7 +20,7 @@ def test_a_plan_that_was_kept_is_the_same(tmp_path: Path) -> None:
     equalized, _ = equalize_model(bundle.model_path, images, profile, reduce_range=reduce_range)
     quantized = quantize_model(bundle.model_path, images, profile, reduce_range=reduce_range)
     factors = Equalization({"a/b": np.array([0.5, 2.0])}, {"w": np.array([2.0**-20])}, {"v": np.array([1.0, 4.0])})
-    plan = Plan(bundle, equalized, factors, quantized, images, profile, reduce_range)
+    plan = Plan(bundle, equalized, factors, quantized, images, profile, reduce_range, "gated")
     keep_plan(plan, tmp_path)
 
     again = kept_plan(tmp_path, bundle, images, profile)

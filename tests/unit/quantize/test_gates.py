@@ -19,7 +19,7 @@ from kdcompress.export.onnx import write_onnx
 from kdcompress.profiles import PROFILES
 from kdcompress.quantize._gates import has_gates, spell_gates
 from kdcompress.quantize._ptq import FloatModel
-from kdcompress.quantize.base import Scheme
+from kdcompress.quantize.base import Layout, Scheme
 from tests.unit.quantize.test_fill import Gated
 from tests.unit.small_graphs import graph, run
 
@@ -81,7 +81,9 @@ def test_a_product_with_a_constant_is_no_gate() -> None:
     assert has_gates(named("x = Conv(images, w) y = HardSwish(x) logits = Conv(y, v)"))
 
 
-def quantized(network: nn.Module, folder: Path, layout: Any = "gated", name: str = "ort-x86") -> tuple[Any, Any, Any]:
+def quantized(
+    network: nn.Module, folder: Path, layout: Layout = "gated", name: str = "ort-x86"
+) -> tuple[Any, Any, Any]:
     """The graph, what it answers, and what fp32 does."""
     file = folder / "model.onnx"
     write_onnx(network.eval(), (3, 16, 16), file, opset=17, metadata={})
@@ -110,15 +112,18 @@ def error(found: Any, expected: Any) -> float:
 def test_it_answers_as_nearly_as_with_floats_between(activation: type[nn.Module], name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Gated(12, 24, activation)
-    errors = [error(*quantized(network, tmp_path, layout, name)[1:]) for layout in ("gated", "all")]
-    assert errors[0] <= 2 * errors[1] + 1e-3
+    layouts: tuple[Layout, ...] = ("all", "gated", "packed-gated")
+    found = [quantized(network, tmp_path, layout, name)[1:] for layout in layouts]
+    assert error(*found[1]) <= 2 * error(*found[0]) + 1e-3
+    np.testing.assert_array_equal(found[2][0], found[1][0])
 
 
+@pytest.mark.parametrize("layout", ["gated", "packed-gated"])
 @pytest.mark.parametrize("activation", [nn.Hardswish, nn.SiLU])
-def test_no_float_is_left_between_the_layers(activation: type[nn.Module], tmp_path: Path) -> None:
+def test_no_float_is_left_between_the_layers(activation: type[nn.Module], layout: Layout, tmp_path: Path) -> None:
     """ONNX Runtime makes integer operators of unsigned bytes on every CPU, of signed ones on ARM alone."""
     torch.manual_seed(0)
-    operators = optimized(quantized(Gated(12, 24, activation), tmp_path)[0], tmp_path)
+    operators = optimized(quantized(Gated(12, 24, activation), tmp_path, layout)[0], tmp_path)
     swishes = 3
     assert operators["QLinearMul"] == swishes + 1, "and the gate's"
     assert operators["QLinearSigmoid" if activation is nn.SiLU else "QLinearAdd"] >= swishes
