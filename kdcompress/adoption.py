@@ -34,8 +34,6 @@ from kdcompress.types import FeatureShape, Images
 
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
 """Of operators that onnxruntime has."""
-_CONSTANTS_IR = 4
-"""The first IR version in which a weight need not be an input."""
 _TOLERANCE = 1e-3
 _PICTURE_CHANNELS = (1, 3, 4)
 
@@ -327,18 +325,12 @@ def precision_of(model: Any) -> Precision:
 
 
 def _in_one_graph(model: Any) -> Any:
-    """The model with its own functions written out, and its weights as constants only.
-
-    Files of before IR version 4 list each weight among the inputs, as what is taken where nothing is given.
-    """
+    """The model with its own functions written out, and its weights as constants only."""
     from onnx import inliner
 
     if model.functions:
         model = inliner.inline_local_functions(model)
-    constants = {item.name for item in model.graph.initializer}
-    for value in [value for value in model.graph.input if value.name in constants]:
-        model.graph.input.remove(value)
-    model.ir_version = max(model.ir_version, _CONSTANTS_IR)
+    onnx_graph.constants_alone(model)
     return model
 
 

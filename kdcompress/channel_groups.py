@@ -198,6 +198,8 @@ def _is_layer(node: NodeProto, facts: _Facts) -> bool:
 
 def _drops_positions(node: NodeProto, facts: _Facts) -> bool:
     """Whether a map of one position becomes a vector of its channels."""
+    if node.op_type not in ("Flatten", "Reshape", "Squeeze"):
+        return False
     before, after = facts.shapes.get(node.input[0], ()), facts.shapes.get(node.output[0], ())
-    single = len(before) == 4 and before[2:] == (1, 1) and len(after) == 2 and before[1] == after[1]
-    return single and node.op_type in ("Flatten", "Reshape", "Squeeze")
+    known = len(before) == 4 and before[1] != 1  # of one channel, another axis might be meant
+    return known and before[2:] == (1, 1) and len(after) == 2 and before[1] == after[1]

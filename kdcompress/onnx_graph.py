@@ -19,6 +19,8 @@ NodeProto: TypeAlias = Any
 
 IR_VERSION = 8
 """Of onnx 1.12, with opset 17: what TensorRT 8.6 and onnxruntime 1.13 read."""
+_CONSTANTS_IR = 4
+"""The first version in which constants need not be inputs."""
 CHANNEL_SCALES_OPSET = 13
 """The first opset in which QuantizeLinear and DequantizeLinear have an axis."""
 
@@ -84,6 +86,23 @@ def strip_traces(model: ModelProto) -> None:
         item.ClearField("metadata_props")
         item.doc_string = ""
     graph.ClearField("value_info")
+
+
+def free_stem(model: ModelProto, stem: str) -> str:
+    """The stem, with underscores behind it until no tensor's name has it in it: for names of new ones."""
+    names = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    names |= {item.name for item in model.graph.initializer}
+    while any(stem in name for name in names):
+        stem += "_"
+    return stem
+
+
+def constants_alone(model: ModelProto) -> None:
+    """Takes constants out of the inputs: files of before IR version 4 list them there, as what is taken by default."""
+    constants = {item.name for item in model.graph.initializer}
+    for value in [value for value in model.graph.input if value.name in constants]:
+        model.graph.input.remove(value)
+    model.ir_version = max(model.ir_version, _CONSTANTS_IR)
 
 
 def drop_unused_initializers(model: ModelProto) -> None:

@@ -46,7 +46,7 @@ def find_normalisation(model: ModelProto) -> Normalisation | None:
     """The normalisation that can go into the first convolution; None where there is none.
 
     That is where `images` is read by one Sub with a constant for each channel, that by one Div, and that by one
-    ungrouped convolution.
+    ungrouped convolution of pictures.
     """
     from onnx import numpy_helper
 
@@ -56,6 +56,7 @@ def find_normalisation(model: ModelProto) -> Normalisation | None:
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
+    answers = {value.name for value in graph.output}
     steps, name = [], "images"
     for operator in ("Sub", "Div", "Conv"):
         found = readers.get(name, [])
@@ -65,9 +66,14 @@ def find_normalisation(model: ModelProto) -> Normalisation | None:
             return None
         steps.append(found[0])
         name = found[0].output[0]
+        if operator != "Conv" and name in answers:
+            return None
     subtraction, division, convolution = steps
     mean, std = (numpy_helper.to_array(constants[node.input[1]]).astype(np.float64) for node in (subtraction, division))
-    channels = constants[convolution.input[1]].dims[1]
+    shape = tuple(constants[convolution.input[1]].dims)
+    if len(shape) != 4 or any(FOLDED in each for node in graph.node for each in (*node.input, *node.output)):
+        return None
+    channels = shape[1]
     spread = any(value.size > 1 and value.shape[-2:] != (1, 1) for value in (mean, std))
     grouped = any(attribute.name == "group" and attribute.i != 1 for attribute in convolution.attribute)
     if spread or grouped or mean.size not in (1, channels) or std.size not in (1, channels):

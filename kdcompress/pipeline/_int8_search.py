@@ -14,9 +14,11 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from kdcompress.bundle import Bundle
+from kdcompress.errors import VerificationError
 from kdcompress.evaluate import agreement, divergence
 from kdcompress.gate import Drop, accuracy_drop
 from kdcompress.pipeline._gate import race
+from kdcompress.pipeline.base import console
 from kdcompress.quantize.base import PACKED, CalibrationMethod, Layout, Scheme
 from kdcompress.quantize.int8 import FloatModel, Int8Source
 from kdcompress.types import Images, Labels, Logits
@@ -204,7 +206,12 @@ class Search:
         if self.source.gates:
             others.append("packed-gated" if self.source.packs else "gated")
         others += ["dense", "late"]
-        candidates = [first, *(self.attempt(replace(first.scheme, layout=layout)) for layout in others)]
+        candidates = [first]
+        for layout in others:
+            try:
+                candidates.append(self.attempt(replace(first.scheme, layout=layout)))
+            except VerificationError as error:
+                console().print(f"note: no layout {layout} of this graph: {error.what}")
         best, *rest = self.timed(candidates)
         for candidate in rest:
             worth = _WORTH_PACKING if candidate.scheme.layout == "packed" else _WORTH

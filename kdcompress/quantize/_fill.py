@@ -29,10 +29,12 @@ class Filling:
     Args:
         group: those that there are.
         added: how many are to come.
+        layers: the names of all that write or read them.
     """
 
     group: Group
     added: int
+    layers: frozenset[str]
 
 
 def find_fillings(model: ModelProto) -> tuple[Filling, ...]:
@@ -61,7 +63,9 @@ def find_fillings(model: ModelProto) -> tuple[Filling, ...]:
         few = group.channels < _REGISTER and (1, 1) in kernels
         multiple = _REGISTER if depthwise or few else _DOT_PRODUCT
         if added := -group.channels % multiple:
-            found.append(Filling(group, added))
+            weights = {names[0] for names in group.writers} | {reader.weight for reader in group.readers}
+            names = frozenset(node.name for node in model.graph.node if weights & set(node.input))
+            found.append(Filling(group, added, names))
     return tuple(found)
 
 

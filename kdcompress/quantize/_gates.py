@@ -8,12 +8,13 @@ operators themselves, around which it changes to floats and back, and to another
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from kdcompress.onnx_graph import ModelProto, NodeProto
+from kdcompress.onnx_graph import ModelProto, NodeProto, free_stem
 
 Range = tuple[float, float]
 _SWISH = (1 / 6, 0.5)
@@ -40,37 +41,53 @@ def has_gates(model: ModelProto) -> bool:
     return any(node.op_type == "HardSwish" or _is_product(node, constants) for node in model.graph.node)
 
 
-def spell_gates(model: ModelProto, extremes: Mapping[str, Range]) -> Spelled:
+def spell_gates(model: ModelProto, extremes: Mapping[str, Range], keep: Collection[str] = ()) -> Spelled:
     """Writes HardSwish and HardSigmoid with Add, Clip and Mul.
+
+    What stands behind a layer that stays in fp32, or before such layers only, stays as it is.
 
     Args:
         model: an fp32 graph; it is changed.
         extremes: tensor → the least and the largest value that it keeps; what is not among them stays float.
+        keep: names of layers that stay in fp32.
     """
     from onnx import helper, numpy_helper
 
     graph = model.graph
+    stem = free_stem(model, "gate")
     ends = {value.name for value in graph.output}
-    ranges = {node.output[0]: (0.0, 1.0) for node in graph.node if node.op_type in ("Sigmoid", "HardSigmoid")}
+    producers = {name: node.name for node in graph.node for name in node.output}
+    ranges: dict[str, Range] = {}
     factors = []
+
+    def is_float(node: NodeProto) -> bool:
+        readers = [reader.name for reader in graph.node if node.output[0] in reader.input]
+        before = any(producers.get(name) in keep for name in node.input)
+        return before or (bool(readers) and all(name in keep for name in readers))
+
     for node in list(graph.node):
         alpha, beta = _slope(node)
-        if alpha <= 0 or node.input[0] not in extremes or node.output[0] in ends:
+        known = bool(node.input) and node.input[0] in extremes
+        if node.op_type == "Sigmoid" and known and node.output[0] not in extremes:
+            ranges[node.output[0]] = (0.0, 1 / (1 + math.exp(min(-extremes[node.input[0]][1], 80.0))))
+        if alpha <= 0 or not known or node.output[0] in ends or is_float(node):
             continue
+        largest = min(alpha * extremes[node.input[0]][1] + beta, 1.0)
+        largest = largest if largest > 0 else 1.0
         swish = node.op_type == "HardSwish"
-        gate = f"{node.output[0]}_gate" if swish else node.output[0]
-        stem = f"{node.name}_gate"
-        names = {part: f"{stem}_{part}" for part in ("shift", "low", "high", "factor", "sum", "cut")}
+        name = f"{node.output[0]}_{stem}"
+        gate = name if swish else node.output[0]
+        names = {part: f"{name}_{part}" for part in ("shift", "low", "high", "factor", "sum", "cut")}
         for part, value in (("shift", beta / alpha), ("low", 0.0), ("high", 1 / alpha), ("factor", alpha)):
             graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), names[part]))
         nodes = [
-            helper.make_node("Add", [node.input[0], names["shift"]], [names["sum"]], name=f"{stem}_add"),
-            helper.make_node("Clip", [names["sum"], names["low"], names["high"]], [names["cut"]], name=f"{stem}_clip"),
-            helper.make_node("Mul", [names["cut"], names["factor"]], [gate], name=f"{stem}_scale"),
+            helper.make_node("Add", [node.input[0], names["shift"]], [names["sum"]], name=names["sum"]),
+            helper.make_node("Clip", [names["sum"], names["low"], names["high"]], [names["cut"]], name=names["cut"]),
+            helper.make_node("Mul", [names["cut"], names["factor"]], [gate], name=names["factor"]),
         ]
         if swish:
             nodes.append(helper.make_node("Mul", [node.input[0], gate], [node.output[0]], name=node.name))
-        ranges |= dict.fromkeys((names["sum"], names["cut"]), (0.0, 1 / alpha)) | {gate: (0.0, 1.0)}
+        ranges |= dict.fromkeys((names["sum"], names["cut"]), (0.0, largest / alpha)) | {gate: (0.0, largest)}
         factors.append(nodes[2].name)
         place = list(graph.node).index(node)
         graph.node.remove(node)
@@ -78,9 +95,13 @@ def spell_gates(model: ModelProto, extremes: Mapping[str, Range]) -> Spelled:
             graph.node.insert(place + offset, new)
     graph.ClearField("value_info")
     constants = {item.name for item in graph.initializer}
-    known = extremes.keys() | ranges.keys()
-    products = [node for node in graph.node if _is_product(node, constants) and known >= {*node.input, *node.output}]
-    return Spelled(ranges, tuple(node.name for node in products), tuple(factors))
+    tensors = extremes.keys() | ranges.keys()
+    products = [
+        node.name
+        for node in graph.node
+        if _is_product(node, constants) and tensors >= {*node.input, *node.output} and not is_float(node)
+    ]
+    return Spelled(ranges, tuple(products), tuple(factors))
 
 
 def read_scaled(model: ModelProto, factors: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcompress.onnx_graph import ModelProto, NodeProto
+from kdcompress.onnx_graph import ModelProto, NodeProto, free_stem
 
 _FEW_INPUTS = 4
 """Up to so many, address and output are all of the work: then more outputs pay (measured, docs/performance.md)."""
@@ -79,6 +79,7 @@ def pack_rows(model: ModelProto, rows: Collection[Row]) -> Mapping[str, str]:
     from onnx import helper, numpy_helper
 
     graph = model.graph
+    stem = free_stem(model, "packed")
     constants = {item.name: item for item in graph.initializer}
     wanted = {row.node: row for row in rows}
     same: dict[str, str] = {}
@@ -97,7 +98,7 @@ def pack_rows(model: ModelProto, rows: Collection[Row]) -> Mapping[str, str]:
         arrays = [wide.reshape(-1, *wide.shape[2:])]
         arrays += [np.tile(numpy_helper.to_array(constants[name]), count) for name in node.input[2:]]
         for number, array in enumerate(arrays, start=1):
-            name = f"{node.input[number]}_{node.name}_packed"
+            name = f"{node.input[number]}_{node.name}_{stem}"
             graph.initializer.append(numpy_helper.from_array(array, name))
             node.input[number] = name
         kept = [attribute for attribute in node.attribute if attribute.name not in ("kernel_shape", "strides")]
@@ -108,11 +109,13 @@ def pack_rows(model: ModelProto, rows: Collection[Row]) -> Mapping[str, str]:
         node.attribute.append(helper.make_attribute("strides", strides))
         last = activation_of(model, node) or node
         if last is not node:
-            packed = f"{node.output[0]}_packed"
+            packed = f"{node.output[0]}_{stem}_sums"
             same[packed] = node.output[0]
             last.input[0] = node.output[0] = packed
         name = last.output[0]
-        packed, turned, reshaped, shape = (f"{name}_{part}" for part in ("packed", "turned", "reshaped", "shape"))
+        packed, turned, reshaped, shape = (
+            f"{name}_{stem}_{part}" for part in ("values", "turned", "reshaped", "shape")
+        )
         last.output[0] = packed
         same |= dict.fromkeys((packed, turned, reshaped), name)
         graph.initializer.append(numpy_helper.from_array(np.array([0, 0, width, outputs], np.int64), shape))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,24 @@ from kdcompress.quantize.base import GATED, PACKED, CalibrationMethod, Ranges, S
 
 _IN_FP32 = ("Gemm", "MatMul")
 """Outputs that stay fp32: logits of 8 bits would tie where fp32 decides, and a matrix product sums in fp32 anyway."""
+
+
+class _Written(NamedTuple):
+    """What is told of a graph as its layout wants it.
+
+    Args:
+        operators: those that are quantized.
+        spared: names of nodes of these that are not.
+        extremes: of its tensors.
+        learned: ranges of its tensors.
+        factors: see `spell_gates`.
+    """
+
+    operators: Sequence[str]
+    spared: Sequence[str]
+    extremes: Extremes
+    learned: Ranges
+    factors: tuple[str, ...]
 
 
 class FloatModel:
@@ -80,6 +98,7 @@ class FloatModel:
         try:
             model = onnx.load(path)
             onnx_graph.require_flat(model)
+            onnx_graph.constants_alone(model)
             name_nodes(model)
             hold_constants(model)
             part_constants(model)
@@ -87,14 +106,14 @@ class FloatModel:
             self.folded = fold and not profile.skip_only and fold_normalisation(model)
             self._model = onnx.shape_inference.infer_shapes(model)
             opset = onnx_graph.opset_of(model)
+            self._fillings = () if profile.skip_only else find_fillings(self._model)
+            self._rows = () if profile.skip_only else find_rows(self._filled())
         except Exception as error:  # onnx raises what any part of it raises
             raise refused(path, error) from error
         if profile.per_channel and opset < onnx_graph.CHANNEL_SCALES_OPSET:
             what = f"this graph cannot be quantized: opset {opset} has no scale for each channel"
             fix = f"export it again with opset {onnx_graph.CHANNEL_SCALES_OPSET} or later"
             raise VerificationError(what, where=str(path), fix=fix)
-        self._fillings = () if profile.skip_only else find_fillings(self._model)
-        self._rows = () if profile.skip_only else find_rows(self._filled())
         if profile.per_channel and (equalize or correct):
             try:
                 self._improve(equalize=equalize, correct=correct)
@@ -149,8 +168,7 @@ class FloatModel:
 
         profile = self.profile
         types = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8}
-        extremes = dict(self.extremes(scheme.calibration))
-        operators, spared = lay_out(self._model, profile, scheme.layout)
+        extremes = self.extremes(scheme.calibration)
         corrected = self.corrected(scheme, only)
         in_fp32 = profile.operators if profile.skip_only else _IN_FP32
         try:
@@ -158,19 +176,8 @@ class FloatModel:
             model.CopyFrom(self._model)
             if corrected:
                 correct_biases(model, corrected, self._find_means(), reduce_range=self._reduce_range)
-            if scheme.layout in PACKED.values() and only is None:
-                fill_channels(model, self._fillings)
-                same = pack_rows(model, [row for row in self._rows if row.node not in scheme.keep])
-                extremes |= {new: extremes[old] for new, old in same.items() if old in extremes}
-            factors: tuple[str, ...] = ()
-            if scheme.layout in GATED:
-                ranges, products, factors = spell_gates(model, extremes)
-                extremes |= ranges
-                operators = [*operators, "Mul"]
-                spared += [
-                    node.name for node in model.graph.node if node.op_type == "Mul" and node.name not in products
-                ]
-            pairs = {name: tuple(np.array(end, np.float32) for end in ends) for name, ends in extremes.items()}
+            written = self._write(model, scheme, extremes, packs=only is None)
+            pairs = {name: tuple(np.array(end, np.float32) for end in ends) for name, ends in written.extremes.items()}
             quantizer = QDQQuantizer(
                 model,
                 profile.per_channel,
@@ -179,20 +186,20 @@ class FloatModel:
                 types[profile.activation_type],
                 TensorsData(Method.MinMax, pairs),
                 [] if only is None else self._alone(only),
-                [*kept_float(model, profile), *spared, *scheme.keep, *([FOLDED] if self.folded else [])],
-                list(operators),
+                [*kept_float(model, profile), *written.spared, *scheme.keep, *([FOLDED] if self.folded else [])],
+                list(written.operators),
                 {
                     "ActivationSymmetric": profile.symmetric,
                     "QuantizeBias": not profile.float_bias,
                     "AddQDQPairToWeight": profile.float_weights,
-                    "TensorQuantOverrides": self._overrides(),
+                    "TensorQuantOverrides": self._overrides(written.learned),
                     "OpTypesToExcludeOutputQuantization": list(in_fp32),
                 },
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()
             model = quantizer.model.model
-            read_scaled(model, factors)
+            read_scaled(model, written.factors)
             if profile.skip_only:
                 onnx_graph.free_residual_branches(model)
             else:
@@ -211,6 +218,26 @@ class FloatModel:
         left = {*lay_out(self._model, self.profile, scheme.layout)[1], *scheme.keep}
         rounded = [name for name in self.layers() if name not in left] if only is None else [only]
         return tuple(node.name for node in correctable(self._model, rounded))
+
+    def _write(self, model: ModelProto, scheme: Scheme, found: Extremes, *, packs: bool) -> _Written:
+        """Writes a graph as its layout wants it; what it is called there, and what of it is quantized."""
+        operators, spared = lay_out(self._model, self.profile, scheme.layout)
+        extremes, learned = dict(found), dict(self._learned)
+        factors: tuple[str, ...] = ()
+        if packs and scheme.layout in PACKED.values():
+            kept = set(scheme.keep)
+            fill_channels(model, [filling for filling in self._fillings if not kept & filling.layers])
+            same = pack_rows(model, [row for row in self._rows if row.node not in kept])
+            extremes |= {new: extremes[old] for new, old in same.items() if old in extremes}
+            learned |= {new: learned[old] for new, old in same.items() if old in learned}
+            made = {name for node in model.graph.node for name in node.output}
+            learned = {name: value for name, value in learned.items() if name in made or name not in same.values()}
+        if scheme.layout in GATED:
+            ranges, products, factors = spell_gates(model, extremes, scheme.keep)
+            extremes |= ranges
+            operators = [*operators, "Mul"]
+            spared += [node.name for node in model.graph.node if node.op_type == "Mul" and node.name not in products]
+        return _Written(operators, spared, extremes, learned, factors)
 
     def _find_means(self) -> Mapping[str, NDArray[np.float64]]:
         """Of what all layers read."""
@@ -267,10 +294,9 @@ class FloatModel:
         activation = activation_of(self._model, layer)
         return [name] if activation is None else [name, activation.name]
 
-    def _overrides(self) -> dict[str, Any]:
-        learned = dict(self._learned)
+    def _overrides(self, learned: Ranges) -> dict[str, Any]:
         if self.folded:  # a pixel k / 255 becomes the integer k
-            learned[FOLDED] = (1 / 255, -128 if self.profile.activation_type == "int8" else 0)
+            learned = {**learned, FOLDED: (1 / 255, -128 if self.profile.activation_type == "int8" else 0)}
         return {
             name: [
                 {"scale": np.array(scale, np.float32), "zero_point": np.array(zero_point, self.profile.activation_type)}

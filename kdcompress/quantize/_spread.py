@@ -44,7 +44,7 @@ def measure_spreads(model: ModelProto, names: Sequence[str], feeds: Sequence[NDA
     watched.CopyFrom(model)
     graph = watched.graph
     del graph.output[:]
-    stem = _fresh(model)
+    stem = onnx_graph.free_stem(model, "spread")
     flat, axes = f"{stem}_flat", f"{stem}_axes"
     graph.initializer.append(numpy_helper.from_array(np.array([0, 0, -1], np.int64), flat))
     if as_input := onnx_graph.opset_of(model) >= _AXES_AS_INPUT:
@@ -102,7 +102,7 @@ def measure_means(
     watched.CopyFrom(model)
     graph, ranks = watched.graph, onnx_graph.ranks(model)
     del graph.output[:]
-    stem = _fresh(model)
+    stem = onnx_graph.free_stem(model, "spread")
     for number, name in enumerate(names):
         mean = f"{stem}_{number}_mean"
         operator = "GlobalAveragePool" if ranks[name] > 2 else "Identity"
@@ -120,14 +120,6 @@ def measure_means(
             ]
     images = sum(len(feed) for feed in feeds)
     return {name: np.asarray(total / images) for name, total in zip(names, sums, strict=True)}
-
-
-def _fresh(model: ModelProto) -> str:
-    """What no tensor's name has in it."""
-    stem = "spread"
-    while any(stem in name for node in model.graph.node for name in (*node.input, *node.output)):
-        stem += "_"
-    return stem
 
 
 def _together(spreads: Sequence[Spread]) -> Spread:

@@ -221,6 +221,14 @@ def test_no_channels_are_added_to_what_mixes_them_or_counts_them(between: str) -
     assert not any({"x", "y"} & set(group.tensors) for group in channel_groups(model, "add"))
 
 
+def test_one_channel_is_not_known_from_one_position() -> None:
+    """Flattened from the third axis on, a map of one channel and one position has the same sizes."""
+    weights = {"w": (1, 4, 6, 6), "b": (1,), "k": (3, 1), "l": (3,)}
+    body = "x = Conv(images, w, b) t = Flatten<axis = 2>(x) logits = Gemm<transB = 1>(t, k, l)"
+    assert found(body, weights) == []
+    assert found(body.replace("2", "1"), {**weights, "w": (2, 4, 6, 6), "b": (2,), "k": (3, 2)}) == [{"x", "t"}]
+
+
 SLOW = pytest.mark.slow
 
 

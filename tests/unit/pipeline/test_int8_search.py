@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcompress.errors import VerificationError
 from kdcompress.gate import accuracy_drop
 from kdcompress.pipeline._int8_search import Candidate, LayerSensitivity, Search, divergence, find_sensitivity
 from kdcompress.profiles import PROFILES
@@ -120,3 +121,22 @@ def test_the_fastest_of_all_that_lose_little_is_taken(source: Int8Source, tmp_pa
     assert tried.within(0.001) is None
     tried.tried = [candidate("late", 0.0, 0.9), candidate("dense", 0.0, None)]
     assert tried.within(0.01) is None
+
+
+def test_a_layout_that_cannot_be_made_is_left_out_and_told(
+    source: Int8Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = search(source, tmp_path, {"batch_size": 1, "threads": 1})
+    first, attempt = tried.attempt(Scheme()), tried.attempt
+
+    def fails(scheme: Scheme) -> Candidate:
+        if scheme.layout == "packed":
+            raise VerificationError("this graph cannot be quantized: some reason")
+        return attempt(scheme)
+
+    monkeypatch.setattr(tried, "attempt", fails)
+    assert tried.laid_out(first).speed_up is not None
+    assert {candidate.scheme.layout for candidate in tried.tried} == {"all", "dense", "late"}
+    assert (
+        "note: no layout packed of this graph: this graph cannot be quantized: some reason" in capsys.readouterr().out
+    )

@@ -33,9 +33,9 @@ def shapes(channels: int, kernel: int = 1) -> dict[str, tuple[int, ...]]:
     }
 
 
-def model_of(body: str, weights: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
+def model_of(body: str, weights: dict[str, tuple[int, ...]], batch: int = 2) -> onnx.ModelProto:
     names = set(re.findall(r"[\w.]+", body))
-    model = graph(body, {name: shape for name, shape in weights.items() if name in names}, size=8)
+    model = graph(body, {name: shape for name, shape in weights.items() if name in names}, size=8, batch=batch)
     for number, node in enumerate(model.graph.node):
         node.name = f"node {number}"
     return model
@@ -118,6 +118,43 @@ class Gated(nn.Module):
         sums = self.project(wide * self.gate(wide)) + stem
         logits: Tensor = self.head(sums.mean((2, 3)))
         return logits
+
+
+def both_layouts(model: onnx.ModelProto, folder: Path, keep: tuple[str, ...] = (), **options: Any) -> list[Any]:
+    """What the layouts "all" and "packed" answer of a small graph."""
+    onnx.save(model, folder / "model.onnx")
+    pictures = images(8)
+    source = FloatModel(folder / "model.onnx", [pictures], PROFILES["ort-x86"], reduce_range=False, **options)
+    schemes = [Scheme(layout="all", keep=keep), Scheme(layout="packed", keep=keep)]
+    return [run(source.quantize(scheme), pictures) for scheme in schemes]
+
+
+SMALL = {"w": (8, 4, 3, 3), "b": (8,), "u": (1, 8, 3, 3), "o": (8, 1, 1, 1), "v": (3, 8, 1, 1), "e": (3,)}
+
+
+@pytest.mark.parametrize("tensor", ["x", "r"], ids=["before the activation", "behind it"])
+def test_learned_ranges_are_those_of_the_packed_file_too(tensor: str, tmp_path: Path) -> None:
+    model = model_of("x = Conv<pads = [1, 1, 1, 1]>(images, w, b) r = Relu(x) logits = Conv(r, v, e)", SMALL, 8)
+    plain, packed = both_layouts(model, tmp_path, ranges={tensor: (0.05, 0)})
+    np.testing.assert_array_equal(packed, plain)
+    measured, _ = both_layouts(model, tmp_path)
+    assert (tensor == "r") == bool(np.abs(measured - plain).max() > 0), "the learned range is felt where it is rounded"
+
+
+def test_layers_that_stay_in_fp32_are_not_filled(tmp_path: Path) -> None:
+    """Nor what they read: ONNX Runtime takes a layer that reads a single channel for one of its own to quantize."""
+    body = "x = Conv(images, w, b) y = Relu(x) z = Conv(y, u) q = Relu(z) t = Conv(q, o) r = Relu(t)"
+    plain, packed = both_layouts(model_of(f"{body} logits = Conv(r, v)", SMALL, 8), tmp_path, keep=("node 4",))
+    np.testing.assert_array_equal(packed, plain)
+
+
+def test_names_that_are_taken_and_weights_that_are_inputs_are_no_matter(tmp_path: Path) -> None:
+    body = "x = Conv<pads = [1, 1, 1, 1]>(images, w, b) x_packed = Relu(x) x_packed_turned = Conv(x_packed, v, e)"
+    model = model_of(f"{body} logits = Relu(x_packed_turned)", SMALL, 8)
+    for item in model.graph.initializer:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)))
+    plain, packed = both_layouts(model, tmp_path)
+    np.testing.assert_array_equal(packed, plain)
 
 
 def answers(network: nn.Module, file: Path, size: int = 16) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import numpy_helper
 from torch import nn
 
 from kdcompress.export.onnx import write_onnx
@@ -26,8 +27,10 @@ from tests.unit.small_graphs import graph, run
 FLOATS = ("HardSwish", "HardSigmoid", "Mul", "Sigmoid")
 
 
-def named(body: str) -> onnx.ModelProto:
-    model = graph(body, {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1), "c": (4, 1, 1)})
+def named(body: str, batch: int = 2, **numbers: float) -> onnx.ModelProto:
+    model = graph(body, {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1), "c": (4, 1, 1)}, batch=batch)
+    for name, value in numbers.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
     for number, node in enumerate(model.graph.node):
         node.name = f"node {number}"
     return model
@@ -44,7 +47,9 @@ def test_a_hard_sigmoid_is_spelled_out(alpha: float, beta: float) -> None:
     spelled = spell_gates(model, {"x": (-9.0, 9.0)})
     assert [node.op_type for node in model.graph.node] == ["Conv", "Add", "Clip", "Mul", "Conv"]
     np.testing.assert_allclose(run(model, images(4)), before, rtol=1e-4, atol=1e-4)
-    assert spelled.ranges["node 1_gate_sum"] == spelled.ranges["node 1_gate_cut"] == pytest.approx((0, 1 / alpha), 1e-4)
+    opens = min(9 * alpha + beta, 1)  # at the largest input
+    end = (opens if opens > 0 else 1) / alpha
+    assert spelled.ranges["g_gate_sum"] == spelled.ranges["g_gate_cut"] == pytest.approx((0, end), 1e-4)
     assert spelled.products == ()
 
 
@@ -145,3 +150,35 @@ def test_the_integers_are_those_of_the_function(tmp_path: Path) -> None:
     steepest, half_a_step = 1.5, 0.5 / 255
     assert np.abs(found - expected).max() <= half_a_step * (steepest * 9 + 6 + 6.4)
     assert np.abs(expected).max() > 5.5
+
+
+def small(body: str, folder: Path, layout: Layout, keep: tuple[str, ...] = (), **numbers: float) -> float:
+    """How far INT8 is from fp32."""
+    model = named(body, 8, **numbers)
+    onnx.save(model, folder / "model.onnx")
+    pictures = np.random.default_rng(1).random((8, 4, 6, 6), np.float32)
+    source = FloatModel(folder / "model.onnx", [pictures], PROFILES["ort-x86"], reduce_range=False)
+    return error(run(source.quantize(Scheme(layout=layout, keep=keep)), pictures), run(model, pictures))
+
+
+@pytest.mark.parametrize(("gate", "shift"), [("Sigmoid", -5.0), ("HardSigmoid<alpha = 0.166667>", -2.9)])
+def test_a_gate_that_is_nearly_closed_has_steps_of_its_own(gate: str, shift: float, tmp_path: Path) -> None:
+    """Eight bits from 0 to 1 would leave five of their steps to a gate that opens to 0.02."""
+    squeezed = f"x = Conv(images, w) m = GlobalAveragePool(x) s = Add(m, shift) g = {gate}(s)"
+    body = f"{squeezed} y = Mul(x, g) logits = Conv(y, v)"
+    errors = [small(body, tmp_path, layout, shift=shift) for layout in ("gated", "all")]
+    assert errors[0] <= 1.5 * errors[1] + 1e-3
+
+
+@pytest.mark.parametrize("between", ["y = HardSwish(x)", "s = Sigmoid(x) y = Mul(x, s)"])
+def test_nothing_is_rounded_behind_layers_that_stay_in_fp32(between: str, tmp_path: Path) -> None:
+    body = f"x = Conv(images, w) {between} logits = Conv(y, v)"
+    first, last = "node 0", f"node {body.count('=') - 1}"
+    for keep in ((first,), (last,), (first, last)):
+        assert small(body, tmp_path, "gated", keep) == pytest.approx(small(body, tmp_path, "all", keep), rel=0.3)
+    assert small(body, tmp_path, "gated", (first, last)) == 0
+
+
+def test_names_that_are_taken_are_no_matter(tmp_path: Path) -> None:
+    body = "x = Conv(images, w) y = HardSwish(x) y_gate = Sigmoid(y) z = Mul(y, y_gate) logits = Conv(z, v)"
+    assert small(body, tmp_path, "gated") <= 2 * small(body, tmp_path, "all")

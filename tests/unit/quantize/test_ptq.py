@@ -244,6 +244,7 @@ CONV = ("Conv", "b", "weight", "logits")
         [("Sub", "images", "mean", "a"), ("Div", "a", "std", "c"), ("Relu", "c", "b"), CONV],
         [("Sub", "images", "mean", "a"), ("Div", "a", "std", "b"), (*CONV[:3], "c"), ("Add", "c", "a", "logits")],
         [("Sub", "mean", "images", "a"), ("Div", "a", "std", "b"), CONV],
+        [("Sub", "images", "mean", "images_and_ones"), ("Div", "images_and_ones", "std", "b"), CONV],
     ],
 )
 def test_what_is_another_graph_stays_as_it_is(nodes: list[tuple[str, ...]]) -> None:
@@ -252,6 +253,16 @@ def test_what_is_another_graph_stays_as_it_is(nodes: list[tuple[str, ...]]) -> N
     before = model.SerializeToString()
     assert not fold_normalisation(model)
     assert model.SerializeToString() == before
+
+
+def test_a_normalised_image_that_is_an_answer_too_stays() -> None:
+    arrays = {"mean": np.ones((3, 1, 1)), "std": np.ones((3, 1, 1)), "weight": np.ones((3, 3, 1, 1))}
+    pairs = [("Sub", "images", "mean", "a"), ("Div", "a", "std", "b"), CONV]
+    model = small_model([helper.make_node(kind, list(names[:-1]), [names[-1]]) for kind, *names in pairs], arrays, 3)
+    model.graph.output.append(helper.make_empty_tensor_value_info("b"))
+    assert not fold_normalisation(model)
+    del model.graph.output[-1]
+    assert fold_normalisation(model)
 
 
 def test_a_mean_for_each_column_is_not_one_for_each_channel() -> None:
