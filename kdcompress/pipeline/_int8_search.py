@@ -128,6 +128,8 @@ def packed_where_faster(source: Int8Source, scheme: Scheme, scratch: Path, timin
         return scheme
     packed = replace(scheme, layout=PACKED[scheme.layout])
     contents = [source.quantized(each) for each in (scheme, packed)]
+    if not source.answer_alike(*contents):
+        return scheme
     before, after = time_files(source.bundle, contents, scratch, timing)
     return packed if after > _WORTH_PACKING * before else scheme
 

@@ -112,6 +112,10 @@ class Int8Source:
         file = self.bundle.model_path.read_bytes() if content is None else content
         return predict(file, fit_images(images, self.bundle.preprocess), self.bundle.interface)
 
+    def answer_alike(self, one: bytes, other: bytes) -> bool:
+        """Whether two INT8 files have the same answers on the calibration images, to the bit."""
+        return bool((self.answers(self._calibration, one) == self.answers(self._calibration, other)).all())
+
     def write(
         self,
         scheme: Scheme,

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from kdcompress.errors import VerificationError
 from kdcompress.gate import accuracy_drop
-from kdcompress.pipeline._int8_search import Candidate, LayerSensitivity, Search, divergence, find_sensitivity
+from kdcompress.pipeline import _int8_search
+from kdcompress.pipeline._int8_search import (
+    Candidate,
+    LayerSensitivity,
+    Search,
+    divergence,
+    find_sensitivity,
+    packed_where_faster,
+)
 from kdcompress.profiles import PROFILES
 from kdcompress.quantize.base import Layout, Scheme
 from kdcompress.quantize.int8 import Int8Source
@@ -140,3 +148,20 @@ def test_a_layout_that_cannot_be_made_is_left_out_and_told(
     assert (
         "note: no layout packed of this graph: this graph cannot be quantized: some reason" in capsys.readouterr().out
     )
+
+
+def test_packing_is_for_files_that_answer_alike(
+    source: Int8Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = {"batch_size": 1, "threads": 1}
+    packed, plain = Scheme(layout="packed"), Scheme()
+    assert source.answer_alike(source.quantized(plain), source.quantized(packed))
+    assert not source.answer_alike(source.quantized(plain), source.quantized(Scheme(layout="dense")))
+    monkeypatch.setattr(_int8_search, "time_files", lambda *_: [1.0, 1.5])
+    assert packed_where_faster(source, plain, tmp_path, timing) == packed
+    assert packed_where_faster(source, plain, tmp_path, None) == plain
+    monkeypatch.setattr(source, "answer_alike", lambda *_: False)
+    assert packed_where_faster(source, plain, tmp_path, timing) == plain
+    monkeypatch.undo()
+    monkeypatch.setattr(_int8_search, "time_files", lambda *_: [1.0, 1.01])
+    assert packed_where_faster(source, plain, tmp_path, timing) == plain
