@@ -35,9 +35,11 @@ def test_what_is_written_for_a_profile_passes_and_says_so(shop: Shop, run: Path)
 
 def test_fp16_is_written_where_it_is_wanted(shop: Shop, run: Path) -> None:
     before = {path.name for path in run.iterdir()}
-    said = shop.must("quantize", "linted/student", "--fp16", "--for", "trt", "--out", "elsewhere")
-    assert re.search(r"elsewhere · [\d.]+ MB \([12]\.\d × smaller\)", said)
-    assert (shop.folder / "elsewhere" / "model.onnx").read_bytes() == (run / "onnx-fp16" / "model.onnx").read_bytes()
+    said = shop.must("quantize", "linted/student", "--fp16", "--for", "trt", "--out", "fp16-elsewhere")
+    assert re.search(r"fp16-elsewhere · [\d.]+ MB \([12]\.\d × smaller\)", said)
+    assert (shop.folder / "fp16-elsewhere" / "model.onnx").read_bytes() == (
+        run / "onnx-fp16" / "model.onnx"
+    ).read_bytes()
     assert {path.name for path in run.iterdir()} == before
 
 

@@ -140,6 +140,7 @@ def test_ctrl_c_while_a_process_is_started_waits_until_it_is() -> None:
     """Another thread receives the signal, and Python would interrupt this one in the middle of the start."""
     over, steps = threading.Event(), []
     other = threading.Thread(target=over.wait)
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     other.start()
 
     def start_slowly() -> None:
@@ -154,8 +155,9 @@ def test_ctrl_c_while_a_process_is_started_waits_until_it_is() -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             start_slowly()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
+        signal.signal(signal.SIGINT, outside)
         over.set()
         other.join()
     assert steps == ["started"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
