@@ -2,10 +2,11 @@
 
     python benchmarks/int8_pairs.py cifar10.zip --holdout holdout/ --trained resnet20=runs/a/student --out pairs.json
 
-Every student of the list is exported, quantized in the layouts that `kdcompress quantize` tries, and timed against fp32
-and fp16 (and fp32 with its channels filled up) in turns, five processes each. Trained students are judged on the held-out images as well; the others have the
-weights that they start from (batch norm statistics of real images), which says nothing of accuracy and all of speed.
-Targets that are not this machine are not measured, so nothing ships for them: their column tells how many there are.
+Every student of the list is exported, quantized in the layouts that `kdcompress quantize` tries, and timed in turns
+against fp32, fp16 and, where there are channels to fill up, fp32 with these filled up; five processes each. Trained
+students are judged on the held-out images as well; the others have the weights that they start from (batch norm
+statistics of real images), which says nothing of accuracy and all of speed. Targets that are not this machine are not
+measured, so nothing ships for them: their column tells how many there are.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def untrained(arch: str, size: int, images: Tensor, classes: tuple[str, ...], ou
 
 
 def filled(source: Bundle, out: Path) -> dict[str, Bundle]:
-    """The fp32 file with its channels filled up as in INT8, which makes some networks faster too; none where none is."""
+    """The fp32 file with its channels filled up as in INT8, which makes some networks faster too; if there are any."""
     import onnx
 
     model = onnx.load(source.model_path)
