@@ -93,7 +93,9 @@ def examine(student: Bundle, images: Tensor, splits: Splits, trained: bool, scra
     made = source.write(chosen.scheme, scratch / "int8", images=shown)
     judged = judged_images(splits, True, picks=True)
     drop = find_drop(open_bundle(onnx), open_bundle(made), judged, made.num_classes) if trained else None
-    rivals = {"fp32": onnx, **half_precision(onnx, profile, images, scratch), **filled(onnx, scratch / "filled")}
+    rivals = {"fp32": onnx, **filled(onnx, scratch / "filled")}
+    if half := half_precision(onnx, profile, images, scratch / "fp16"):
+        rivals["fp16"] = half
     latency = race({**rivals, "int8": made}, batch_size=1, threads=1, restarts=5)
     untold = "Accuracy: these weights are not trained."
     verdict = judge(drop, speed_ups(latency, "int8"), max_drop=0.01, measured_on=profile.device, unjudged=untold)

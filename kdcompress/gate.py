@@ -170,6 +170,7 @@ def judge(
     min_speed_up: float = 1.0,
     measured_on: str = "",
     unjudged: str = "",
+    untimed: Sequence[str] = (),
 ) -> Verdict:
     """The verdict.
 
@@ -182,6 +183,7 @@ def judge(
         min_speed_up: what the lower end of every speed-up must exceed.
         measured_on: the runtime and machine, in words.
         unjudged: why there is no drop, as a sentence.
+        untimed: rivals on the target that were not timed there.
     """
     reasons: list[str] = []
     failures: list[str] = []
@@ -206,6 +208,10 @@ def judge(
     if not speed_ups:
         answers.add("unmeasured on target")
         reasons.append("Speed: not measured on the target, so nothing is recommended for it.")
+    elif untimed:
+        answers.add("unmeasured on target")
+        rivals = " and ".join(untimed)
+        reasons.append(f"Speed: {rivals} was not timed, which the target computes as well: nothing is recommended yet.")
     for found in speed_ups:
         said = (
             f"{found.ratio:.2f} × as fast as {found.rival} (95 % interval {found.low:.2f} to {found.high:.2f} over "

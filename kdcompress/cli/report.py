@@ -54,7 +54,12 @@ def command(
     With --merge only what devices measured is joined to the report that there is.
     """
     if measured:
+        from kdcompress.errors import InputError
         from kdcompress.pipeline.merge import merge
+
+        if out is not None:
+            what = "--out does not go with --merge: what was measured joins the report of the run"
+            raise InputError(what, where="--out", fix="leave it out")
 
         if merge(source, measured) is not None:
             return

@@ -43,7 +43,7 @@ class _OnnxTarget:
         if bundle.kind != self.takes:
             raise InputError(f"a {bundle.kind} bundle cannot be exported to ONNX", where=str(bundle.path))
         network = load_student(bundle).deployable().cpu().eval()
-        step = provenance_step("export-onnx", bundle, profile=profile.name, torch=torch.__version__)
+        step = provenance_step("export-onnx", bundle, opset=profile.opset, torch=torch.__version__)
         provenance = (*bundle.provenance, step)
 
         def write_model(path: Path) -> None:
@@ -95,7 +95,9 @@ def write_onnx(
     onnx_graph.shortcuts_as_convolutions(model)
     onnx_graph.drop_unused_initializers(model)
     onnx_graph.strip_traces(model)
-    onnx_graph.lower_opset(model, opset)
+    for older in range(opset, onnx_graph.opset_of(model)):
+        if onnx_graph.lower_opset(model, older):
+            break
     model.producer_name, model.producer_version = "kdcompress", ""
     onnx_graph.set_metadata(model, metadata)
     try:

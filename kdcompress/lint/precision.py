@@ -190,7 +190,7 @@ def int8_rest_float32(graph: Graph, profile: Profile) -> Iterator[Place]:
 
     Why: sums, pooling, activations and the layers left out run in float32, where the same engine from TensorRT 8 would
     have run them in fp16.
-    Do: `kdcompress quantize --fp16 BUNDLE` of the INT8 bundle.
+    Do: `kdcompress quantize --fp16 BUNDLE --for PROFILE` of the INT8 bundle.
     """
     if profile.typed and graph.is_quantized and not _computes_in_half(graph):
         yield "", "layers without Q/DQ run in float32"

@@ -25,7 +25,7 @@ from kdcompress.gate import (
 )
 from kdcompress.latency import Latency, describe_machine, measure_latency, versions
 from kdcompress.measurement import Measurement
-from kdcompress.profiles import Profile, default_profile
+from kdcompress.profiles import PROFILES, Profile, default_profile
 from kdcompress.runtimes import open_bundle
 from kdcompress.types import UNLABELLED, Images, Labels, Predictor
 
@@ -186,8 +186,13 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
             times = theirs.restart_p50_ms, mine.restart_p50_ms
             found.append(speed_up(theirs.precision, *times, batch_size=mine.batch_size))
     if not any(entry.rival == "fp32" for entry in found):
+        if any(entry.precision == "fp32" for entry in measurement.models):
+            what = f"the fp32 file that {bundle.path.name} was timed with is not in this run: it was written anew since"
+            raise InputError(what, where="--merge", fix="export the device bundle again, and measure that")
         what = f"{bundle.path.name} was measured without the fp32 bundle that it replaces"
         raise InputError(what, where="--merge", fix="time both in turns, in one process after the other")
+    made_for = PROFILES.get(str(bundle.provenance[-1].get("profile")))
+    half = made_for is not None and "fp16" in made_for.precisions
     return judge(
         verdict.drop,
         found,
@@ -195,13 +200,15 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
         min_speed_up=verdict.min_speed_up,
         measured_on=measurement.place,
         unjudged=next((reason for reason in verdict.reasons if reason.startswith("Accuracy")), ""),
+        untimed=["fp16"] if half and not any(entry.rival == "fp16" for entry in found) else [],
     )
 
 
 def renew_verdicts(bundles: Mapping[str, Bundle], measurement: Measurement) -> dict[str, Verdict]:
     """Writes the verdict on each INT8 bundle that was timed on its target; those it was not asked about stay.
 
-    One process says nothing about the spread of a speed-up: a bundle timed in one keeps its verdict.
+    One process says nothing about the spread of a speed-up: a bundle timed in one keeps its verdict, and so does one
+    that was timed against more rivals before.
 
     Args:
         bundles: name -> bundle, all of one run.
@@ -219,6 +226,9 @@ def renew_verdicts(bundles: Mapping[str, Bundle], measurement: Measurement) -> d
         mine = measurement.of(bundle.digest)
         if before is None or mine is None or len(mine.latency_ms) < 2:
             continue
-        renewed[name] = believe(before, bundle, list(bundles.values()), measurement)
+        verdict = believe(before, bundle, list(bundles.values()), measurement)
+        if {entry.rival for entry in verdict.speed_ups} < {entry.rival for entry in before.speed_ups}:
+            continue  # that one knew more rivals
+        renewed[name] = verdict
         write_verdict(bundle.path, renewed[name], bundle.digest, {"measurement": measurement.model_dump(mode="json")})
     return renewed

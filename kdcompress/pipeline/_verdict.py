@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Limits:
         restarts: processes; 0: nothing is timed, and nothing recommended.
 
     Raises:
-        InputError: too few processes.
+        InputError: too few processes, or a limit that is no number.
     """
 
     max_drop: float = 0.01
@@ -43,6 +44,9 @@ class Limits:
     restarts: int = LEAST_RESTARTS
 
     def __post_init__(self) -> None:
+        for option, value in (("--max-drop", self.max_drop), ("--min-speed-up", self.min_speed_up)):
+            if not math.isfinite(value):
+                raise InputError(f"{value} is no limit", where=option, fix="give a number")
         if 0 < self.restarts < LEAST_RESTARTS:
             what = f"{self.restarts} process(es) say nothing about speed, {LEAST_RESTARTS} are the least"
             raise InputError(what, where="--restarts", fix="0 measures nothing, and recommends nothing")
@@ -77,7 +81,9 @@ def hold_to(
     drop = find_drop(open_bundle(source), open_bundle(made), judged, made.num_classes)
     latency: Mapping[str, Latency] = {}
     if limits.restarts > 0 and runs_here(profile):
-        rivals = {"fp32": source, **half_precision(source, profile, calibration, scratch)}
+        rivals = {"fp32": source}
+        if half := half_precision(source, profile, calibration, scratch / "fp16"):
+            rivals["fp16"] = half
         console().print(f"latency of {', '.join(rivals)} and int8 in turns, {limits.restarts} processes")
         latency = race(
             {**rivals, "int8": made},
@@ -98,15 +104,15 @@ def hold_to(
     return verdict, evidence
 
 
-def half_precision(source: Bundle, profile: Profile, calibration: Images, scratch: Path) -> dict[str, Bundle]:
-    """The rival in fp16, where the profile has one and this network can be written so."""
+def half_precision(source: Bundle, profile: Profile, calibration: Images, out: Path) -> Bundle | None:
+    """The rival in fp16, in the folder `out`; None where the profile has none or this network cannot be written so."""
     if "fp16" not in profile.precisions:
-        return {}
+        return None
     try:
-        return {"fp16": find_quantizer("fp16").run(source, calibration, scratch / "fp16", profile=profile)}
+        return find_quantizer("fp16").run(source, calibration, out, profile=profile, replace=True)
     except KdcompressError as error:
         console().print(f"note: no fp16 to compare with: {error.what}")
-        return {}
+        return None
 
 
 def keep(

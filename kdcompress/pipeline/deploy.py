@@ -42,6 +42,7 @@ def export(
     if out is not None:
         require_empty(out)
     start, chosen = find_source(source), choose_profile(profile)
+    usual = chosen.opset
     if opset is not None:
         if start.bundle.kind == "onnx":
             raise InputError("the opset of an ONNX bundle stays as it is", where="--opset", fix="export the student")
@@ -51,7 +52,8 @@ def export(
     images = find_images(start, data)[:VERIFIED_IMAGES]
     plain = f"{find_target(target).makes}-{start.bundle.precision}"
     name = start.bundle.path.name if start.bundle.kind == "onnx" else plain
-    folder = out or start.folder / f"{name}{interface.changes}"
+    older = f"-opset{opset}" if opset not in (None, usual) else ""
+    folder = out or start.folder / f"{name}{older}{interface.changes}"
     with scratch_folder() as scratch:
         bundle = start.bundle
         if not interface.changes:

@@ -14,6 +14,7 @@ from kdcompress.export import walk
 from kdcompress.export.trt import TARGET
 from kdcompress.files import require_empty, scratch_folder
 from kdcompress.pipeline._source import VERIFIED_IMAGES, Source, choose_profile, find_images, find_source
+from kdcompress.pipeline._verdict import half_precision
 from kdcompress.pipeline.base import console
 from kdcompress.profiles import Profile
 from kdcompress.report import read_report
@@ -50,6 +51,9 @@ def export_engine(
         VerificationError: the engine is not in the precision asked for, or does not answer as its source does.
     """
     chosen = "trt" if profile == "auto" else profile
+    if (asked := choose_profile(chosen)).runtime != "tensorrt":
+        what = f"{asked.name} is for {asked.runtime}, not for TensorRT"
+        raise InputError(what, where="--for", fix="kdcompress ls profiles; export --device for other runtimes")
     reason = why_not_here()
     if reason is not None and require_engine:
         fix = "run it on a machine with the GPU that the engine is for, or leave --require-engine out"
@@ -104,6 +108,9 @@ def export_device(
     if out is not None:
         require_empty(out)
     start, chosen = find_source(source), choose_profile(profile)
+    if chosen.runtime == "openvino":
+        fix = "give OpenVINO the .onnx file itself: kdcompress export --onnx, kdcompress quantize --for openvino"
+        raise InputError("run.py has TensorRT and ONNX Runtime, and no OpenVINO", where="--for", fix=fix)
     if start.bundle.kind == "trt":
         fix = "give the run, or the ONNX bundle it was built from"
         raise InputError("an engine belongs to the GPU it was built on", where=str(start.bundle.path), fix=fix)
@@ -125,10 +132,12 @@ def export_device(
 def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | None) -> dict[Precision, Bundle]:
     """The ONNX files of one student: fp32 (written where it is missing), and what was made of it for the profile.
 
+    With INT8 comes fp16, its rival on the device, written where it is missing and the profile has it.
+
     Args:
         start: the student, or one of its ONNX bundles; files that are spoken to as it is.
         profile: of INT8 files only those made for it are taken.
-        place: where the fp32 file goes if it has to be written.
+        place: where fp32 and fp16 go if they have to be written.
         data: see `export_device`.
     """
     root = _root(start.bundle)
@@ -146,6 +155,10 @@ def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | N
     if "fp32" not in found and start.bundle.kind == "torch":
         images = find_images(start, data)[:VERIFIED_IMAGES]
         found["fp32"] = walk(start.bundle, "onnx", place / "onnx-fp32", profile=profile, images=images, replace=True)
+    if {"fp32", "int8"} <= found.keys() and "fp16" not in found:
+        images, folder = find_images(start, data), place / f"onnx-fp16{spoken.changes}"
+        if half := half_precision(found["fp32"], profile, images, folder):
+            found["fp16"] = half
     order: tuple[Precision, ...] = ("fp32", "fp16", "int8")
     return {precision: found[precision] for precision in order if precision in found}
 

@@ -44,6 +44,8 @@ def merge(source: Path | None, files: Sequence[Path]) -> Report | None:
         return None
     measurements, notes = read_all(run, bundles)
     before = read_report(run.path / REPORT_FILE)
+    for name in sorted(set(renewed) - {row.name for row in before.rows}):
+        speak.print(f"note: the report was made before {name}: kdcompress report {run.path} makes it anew")
     parts = device_parts(measurements, {bundle.digest: name for name, bundle in bundles.items()})
     joined = {"on_device": parts, "notes": tuple(dict.fromkeys((*before.notes, *notes)))}
     report = with_verdicts(before, renewed).model_copy(update=joined)

@@ -26,7 +26,7 @@ from kdcompress.bundle import BUNDLE_FILE, Bundle
 from kdcompress.checkpoint import LAST, load_state
 from kdcompress.errors import InputError, OutputError, RecipeError
 from kdcompress.fake_quant import count_fixed_norms, prepare_student
-from kdcompress.files import atomic_folder, require_empty, scratch_folder
+from kdcompress.files import atomic_folder, require_empty, require_place, scratch_folder
 from kdcompress.gate import Verdict
 from kdcompress.networks import Student
 from kdcompress.pipeline._answers import open_answers
@@ -89,6 +89,7 @@ def quantize_aware(
         require_empty(out)
     speak, chosen, run = console(), choose_profile(profile), _find_run(source)
     held_to = limits or Limits()
+    require_place(run.path / FOLDER)
     splits = find_splits(Source(run.student(), run.path, run), None, holdout) if holdout else None
     folder = RunFolder(run.path / FOLDER / chosen.name)
     if resume:

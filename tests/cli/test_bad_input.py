@@ -258,6 +258,8 @@ LINES = (
     case("batch sizes", "report|run|--batch-sizes|nonsense", "'nonsense'", "--batch-sizes", "1,32"),
     case("batch size 0", "report|run|--batch-sizes|1,0", "'1,0'", "--batch-sizes"),
     case("threads 0", "report|run|--threads|0", "--threads", "0 is not in the range"),
+    case("a limit that is no number", "quantize|run|--max-drop|nan", "nan is no limit", "--max-drop"),
+    case("a speed-up that is no number", "quantize|run|--min-speed-up|nan", "nan is no limit", "--min-speed-up"),
     case("restarts 0", "report|run|--restarts|0", "--restarts"),
     case("--teachers without any", "distill|--teachers|--student|resnet8", "--teachers needs a value"),
     case("--teachers at the end", "distill|--student|resnet8|--teachers", "--teachers"),

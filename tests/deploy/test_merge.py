@@ -28,7 +28,7 @@ def away(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa:
     assert verdict.answer == "unmeasured on target"
     write_verdict(made.path, verdict, made.digest, {})
     said = shop.must("export", "run", "--device", "--for", "ort-x86")
-    assert "run/device-ort-x86 · fp32, int8 for ort-x86" in said
+    assert "run/device-ort-x86 · fp32, fp16, int8 for ort-x86" in said
     file = tmp_path_factory.mktemp("away") / "m.json"
     words = ("--out", file, "--restarts", 5, "--iterations", 5, "--warmup", 1)
     done = Delivered(shop.folder / "run" / "device-ort-x86").run("measure", *words)
@@ -43,18 +43,19 @@ def test_a_measurement_joins_the_report_of_its_run(shop: Shop, away: Path) -> No
     assert verdict is not None
     assert verdict.answer in ("pass", "fail"), "the gate believes what the device measured"
     assert f"gate · onnx-int8-ort-x86 · {verdict.answer}" in said
-    assert (verdict.speed_ups[0].rival, verdict.speed_ups[0].restarts) == ("fp32", 5)
+    assert {(entry.rival, entry.restarts) for entry in verdict.speed_ups} == {("fp32", 5), ("fp16", 5)}
     assert verdict.measured_on.startswith("onnxruntime ")
     assert "On the device" in said
     report: dict[str, Any] = json.loads((shop.folder / "run" / "report.json").read_text(encoding="utf-8"))
     assert {(part["name"], part["n"]) for part in report["on_device"]} == {
         ("onnx-fp32", 25),
+        ("onnx-fp16", 25),
         ("onnx-int8-ort-x86", 25),
     }
     before = report["rows"]
     assert "On the device" in shop.must("report", "run", "--merge", away)
     report = json.loads((shop.folder / "run" / "report.json").read_text(encoding="utf-8"))
-    assert len(report["on_device"]) == 2, "the same file twice is one"
+    assert len(report["on_device"]) == 3, "the same file twice is one"
     assert report["rows"] == before, "nothing else is measured again"
 
 
@@ -71,6 +72,36 @@ def test_what_does_not_belong_to_the_run_is_refused(shop: Shop, away: Path, tmp_
     done = shop.run("report", "run", "--merge", tmp_path / "cpu.json")
     assert done.code == 2
     assert "says nothing about jetson-orin, where tensorrt runs it" in done.error
+
+
+def test_a_report_elsewhere_does_not_go_with_a_measurement(shop: Shop, away: Path) -> None:  # noqa: F811
+    done = shop.run("report", "run", "--merge", away, "--out", "report-elsewhere")
+    assert done.code == 2
+    assert "--out does not go with --merge" in done.error
+    assert not (shop.folder / "report-elsewhere").exists()
+
+
+def test_a_measurement_still_belongs_to_its_run_when_something_else_was_made_there(shop: Shop, away: Path) -> None:  # noqa: F811
+    """The fp32 file is the same whatever it was written for."""
+    digest = read_bundle(shop.folder / "run" / "onnx-fp32").digest
+    shop.must("quantize", "run", "--fp16", "--for", "trt10.3")
+    shop.must("export", "run", "--opset", "15")
+    assert read_bundle(shop.folder / "run" / "onnx-fp32-opset15").digest != digest
+    assert read_bundle(shop.folder / "run" / "onnx-fp32").digest == digest
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--trt", "--for", "ort-x86"), "ort-x86 is for onnxruntime, not for TensorRT"),
+        (("--device", "--for", "openvino"), "run.py has TensorRT and ONNX Runtime, and no OpenVINO"),
+    ],
+)
+def test_a_folder_that_could_not_be_used_is_not_written(shop: Shop, words: tuple[str, ...], told: str) -> None:  # noqa: F811
+    done = shop.run("export", "run", *words, "--out", "useless")
+    assert done.code == 2
+    assert told in done.error
+    assert not (shop.folder / "useless").exists()
 
 
 def test_without_a_gpu_the_device_bundle_is_written_and_said_so(shop: Shop) -> None:  # noqa: F811

@@ -21,6 +21,7 @@ from kdcompress.pipeline._gate import (
     student_saw,
 )
 from kdcompress.profiles import PROFILES, default_profile
+from kdcompress.quantize.fp16 import QUANTIZER as HALF
 from kdcompress.quantize.int8 import QUANTIZER
 from kdcompress.runtimes import open_bundle
 from tests.unit.deployed import digits, onnx_bundle, student_bundle
@@ -127,12 +128,14 @@ def test_this_machine_tells_of_its_own_profile_only() -> None:
     assert [name for name, profile in PROFILES.items() if runs_here(profile)] == [default_profile().name]
 
 
-def measured(int8: str, fp32: str, times: tuple[float, float]) -> Measurement:
+def measured(int8: str, fp32: str, times: tuple[float, float], fp16: str = "") -> Measurement:
+    """With fp16, that takes as long as fp32."""
+
     def model(bundle: str, precision: str, base: float) -> dict[str, Any]:
         samples = [[base * (1 + 0.01 * number), base * (1 + 0.01 * number)] for number in range(5)]
         return {"bundle": bundle, "precision": precision, "batch_size": 1, "latency_ms": samples}
 
-    document = {
+    document: dict[str, Any] = {
         "profile": "jetson-orin",
         "runtime": "tensorrt 10.3.0",
         "machine": {"board": "Orin Nano"},
@@ -140,14 +143,17 @@ def measured(int8: str, fp32: str, times: tuple[float, float]) -> Measurement:
         "protocol": {"interleaved": True},
         "models": [model(int8, "int8", times[0]), model(fp32, "fp32", times[1])],
     }
+    if fp16:
+        document["models"].append(model(fp16, "fp16", times[1]))
     return Measurement.model_validate(document)
 
 
 def test_the_verdict_beside_a_bundle_is_renewed_and_belongs_to_it_alone(tmp_path: Path) -> None:
     source = onnx_bundle()
     made = QUANTIZER.run(source, digits()[0][:64], tmp_path / "int8", profile=PROFILES["jetson-orin"])
-    bundles = {"onnx-fp32": source, "int8": made}
-    found = measured(made.digest, source.digest, (1.0, 2.0))
+    half = HALF.run(source, digits()[0][:64], tmp_path / "fp16", profile=PROFILES["jetson-orin"])
+    bundles = {"onnx-fp32": source, "int8": made, "onnx-fp16": half}
+    found = measured(made.digest, source.digest, (1.0, 2.0), half.digest)
     assert renew_verdicts(bundles, found) == {}, "the gate was not asked about any of them"
     before = judge(Drop(0.0, -0.001, 0.004, 3000, 9, "val"), (), max_drop=0.01)
     write_verdict(made.path, before, made.digest, {})
@@ -155,6 +161,9 @@ def test_the_verdict_beside_a_bundle_is_renewed_and_belongs_to_it_alone(tmp_path
     assert read_verdict(made.path, source.digest) is None
     renewed = renew_verdicts(bundles, found)
     assert renewed["int8"].answer == "pass"
+    assert read_verdict(made.path, made.digest) == renewed["int8"]
+    older = measured(made.digest, source.digest, (1.0, 3.0))
+    assert renew_verdicts(bundles, older) == {}, "a file that knows fewer rivals"
     assert read_verdict(made.path, made.digest) == renewed["int8"]
     (made.path / "gate.json").write_text("{", encoding="utf-8")
     with pytest.raises(BundleError, match=r"gate\.json is damaged"):
@@ -166,14 +175,18 @@ def test_a_measurement_from_the_target_is_believed(tmp_path: Path) -> None:
     made = QUANTIZER.run(source, digits()[0][:64], tmp_path / "int8", profile=PROFILES["jetson-orin"])
     before = judge(Drop(0.0, -0.001, 0.004, 3000, 9, "val"), (), max_drop=0.01)
     assert before.answer == "unmeasured on target"
-    after = believe(before, made, [source], measured(made.digest, source.digest, (1.0, 2.0)))
+    half = HALF.run(source, digits()[0][:64], tmp_path / "fp16", profile=PROFILES["jetson-orin"])
+    after = believe(before, made, [source, half], measured(made.digest, source.digest, (1.0, 2.0), half.digest))
     assert (after.answer, after.measured_on) == ("pass", "tensorrt 10.3.0 · Orin Nano")
     assert after.drop == before.drop
     assert after.speed_ups[0].ratio == pytest.approx(2)
+    alone = believe(before, made, [source, half], measured(made.digest, source.digest, (1.0, 2.0)))
+    assert (alone.answer, len(alone.speed_ups)) == ("unmeasured on target", 1)
+    assert "Speed: fp16 was not timed, which the target computes as well: nothing is recommended yet." in alone.reasons
     slower = believe(before, made, [source], measured(made.digest, source.digest, (2.0, 1.9)))
     assert slower.answer == "fail"
-    unjudged = believe(judge(None, (), max_drop=0.01, unjudged="Accuracy: it saw val."), made, [source],
-                       measured(made.digest, source.digest, (1.0, 2.0)))  # fmt: skip
+    unjudged = believe(judge(None, (), max_drop=0.01, unjudged="Accuracy: it saw val."), made, [source, half],
+                       measured(made.digest, source.digest, (1.0, 2.0), half.digest))  # fmt: skip
     assert unjudged.answer == "cannot decide"
     assert "Accuracy: it saw val." in unjudged.reasons
     with pytest.raises(InputError, match="not measured: int8"):
@@ -181,5 +194,9 @@ def test_a_measurement_from_the_target_is_believed(tmp_path: Path) -> None:
     apart = measured(made.digest, source.digest, (1.0, 2.0)).model_copy(update={"protocol": {}})
     with pytest.raises(InputError, match="not timed in turns"):
         believe(before, made, [source], apart)
-    with pytest.raises(InputError, match="without the fp32 bundle"):
+    with pytest.raises(InputError, match="is not in this run: it was written anew since"):
         believe(before, made, [source], measured(made.digest, "b" * 64, (1.0, 2.0)))
+    other = measured(made.digest, source.digest, (1.0, 2.0))
+    only = other.model_copy(update={"models": other.models[:1]})
+    with pytest.raises(InputError, match="without the fp32 bundle"):
+        believe(before, made, [source], only)

@@ -21,7 +21,10 @@ from tests.unit.deployed import digits, onnx_bundle
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("run") / "int8"
     made = find_quantizer("int8").run(onnx_bundle(), digits()[0][:64], folder, profile=get_profile("ort-arm"))
-    return {"onnx-fp32": onnx_bundle(), "int8": made}
+    half = find_quantizer("fp16").run(
+        onnx_bundle(), digits()[0][:64], folder.parent / "fp16", profile=get_profile("ort-arm")
+    )
+    return {"onnx-fp32": onnx_bundle(), "int8": made, "onnx-fp16": half}
 
 
 def document(bundles: dict[str, Bundle], processes: int = 5) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def document(bundles: dict[str, Bundle], processes: int = 5) -> dict[str, Any]:
         "machine": {"board": "a board", "architecture": "aarch64"},
         "versions": {},
         "protocol": {"interleaved": True},
-        "models": [model(bundles["int8"], 1.0), model(bundles["onnx-fp32"], 2.0)],
+        "models": [model(bundles["int8"], 1.0), model(bundles["onnx-fp32"], 2.0), model(bundles["onnx-fp16"], 2.1)],
     }
 
 
