@@ -39,6 +39,18 @@ def test_it_is_quantized_exported_and_reported_beside_itself(shop: Shop, file: P
     assert len({round(row["accuracy"]["top1"], 2) for row in rows}) == 1
 
 
+def test_a_device_bundle_has_fp16_beside_int8_where_there_are_images_to_make_it_on(shop: Shop, file: Path) -> None:
+    shutil.copy(file, shop.folder / "edge.onnx")
+    shop.must("quantize", "edge.onnx", "--for", "jetson-orin", "--data", "digits", "--force")
+    words = ("export", "edge/onnx-int8-jetson-orin", "--device", "--for", "jetson-orin", "--out")
+    said = shop.must(*words, "edge-without")
+    assert "fp32, int8 for jetson-orin" in said
+    assert "note: no fp16 here" in said
+    said = shop.must(*words, "edge-with", "--data", "digits")
+    assert "fp32, fp16, int8 for jetson-orin" in said
+    assert sorted(path.name for path in (shop.folder / "edge").iterdir()) == ["onnx-fp32", "onnx-int8-jetson-orin"]
+
+
 def test_what_was_told_once_holds_for_the_same_file(shop: Shop, file: Path) -> None:
     shutil.copy(file, shop.folder / "once-told.onnx")
     shop.must("quantize", "once-told.onnx", "--fp16", "--for", "trt", "--data", "digits", "--mean", "0", "--std", "0.5")
