@@ -19,6 +19,7 @@ from kdcompress.bundle import provenance_step
 from kdcompress.data import training_digests
 from kdcompress.display import Display, format_seconds
 from kdcompress.errors import InputError
+from kdcompress.evaluate import wilson_interval
 from kdcompress.files import atomic_folder, require_empty
 from kdcompress.networks import save_student
 from kdcompress.pipeline._answers import open_answers
@@ -28,6 +29,7 @@ from kdcompress.pipeline.base import RECIPE_FILE, STUDENT, RunFolder, console, r
 from kdcompress.recipe import Recipe, build_recipe, merge, read_recipe, write_recipe
 from kdcompress.teachers import build_from, load_checkpoint, save_checkpoint
 from kdcompress.train import TrainResult
+from kdcompress.types import UNLABELLED
 
 CHECKPOINT = "model.pt"
 PEER = "peer"
@@ -135,6 +137,10 @@ def finish(run: RunFolder, parts: Parts, result: TrainResult, seen: Sequence[Ten
             replace=index != best,
         )
     told = " · ".join(f"{value:.2%}" for value in top1)
+    labelled, classes = int((parts.splits.val.labels != UNLABELLED).sum()), len(parts.splits.classes)
+    if labelled and wilson_interval(round(top1[best] * labelled), labelled)[0] <= 1 / classes:
+        what = f"{top1[best]:.2%} of {labelled} val images is no better than chance among {classes} classes"
+        speak.print(f"warning: {what}: more train.epochs, another train.lr, another --init?")
     speak.print(f"done in {format_seconds(result.seconds)} · val top-1 {told} (last epoch) · {bundle.path}")
     if len(top1) > 1:
         speak.print(f"student {best + 1} ({result.students[best].arch}) is the best on val; the others are {PEER}-N/")

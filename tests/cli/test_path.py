@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,11 @@ def test_a_cold_start_without_a_warning(tmp_path: Path) -> None:
     done = run_cold(*words, folder=tmp_path)
     assert done.code == 0, done.err
     assert "warning" not in done.err.lower()
+
+
+def test_a_student_at_chance_is_told_of(shop: Shop, tmp_path: Path) -> None:
+    """It ends as any other, but nobody ships it unawares."""
+    words = ("train", "--arch", "resnet8", "--data", "digits", "--out", tmp_path / "dull", "train.epochs=1")
+    said = shop.must(*words, "train.lr=1e-9", "data.limit=200")
+    assert re.search(r"warning: [\d.]+% of \d+ val images is no better than chance among 10 classes", said)
+    assert "no better than chance" not in shop.said
