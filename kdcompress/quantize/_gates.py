@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,8 +51,6 @@ def spell_gates(model: ModelProto, extremes: Mapping[str, Range], keep: Collecti
         extremes: tensor → the least and the largest value that it keeps; what is not among them stays float.
         keep: names of layers that stay in fp32.
     """
-    from onnx import helper, numpy_helper
-
     graph = model.graph
     stem = free_stem(model, "gate")
     ends = {value.name for value in graph.output}
@@ -74,32 +72,22 @@ def spell_gates(model: ModelProto, extremes: Mapping[str, Range], keep: Collecti
             continue
         largest = min(alpha * extremes[node.input[0]][1] + beta, 1.0)
         largest = largest if largest > 0 else 1.0
-        swish = node.op_type == "HardSwish"
-        name = f"{node.output[0]}_{stem}"
-        gate = name if swish else node.output[0]
-        names = {part: f"{name}_{part}" for part in ("shift", "low", "high", "factor", "sum", "cut")}
-        for part, value in (("shift", beta / alpha), ("low", 0.0), ("high", 1 / alpha), ("factor", alpha)):
-            graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), names[part]))
-        nodes = [
-            helper.make_node("Add", [node.input[0], names["shift"]], [names["sum"]], name=names["sum"]),
-            helper.make_node("Clip", [names["sum"], names["low"], names["high"]], [names["cut"]], name=names["cut"]),
-            helper.make_node("Mul", [names["cut"], names["factor"]], [gate], name=names["factor"]),
-        ]
-        if swish:
-            nodes.append(helper.make_node("Mul", [node.input[0], gate], [node.output[0]], name=node.name))
-        ranges |= dict.fromkeys((names["sum"], names["cut"]), (0.0, largest / alpha)) | {gate: (0.0, largest)}
+        constants, nodes = _spelling(node, f"{node.output[0]}_{stem}")
+        graph.initializer.extend(constants)
+        ranges |= {name: (0.0, largest / alpha) for each in nodes[:2] for name in each.output}
+        ranges[nodes[2].output[0]] = (0.0, largest)
         factors.append(nodes[2].name)
         place = list(graph.node).index(node)
         graph.node.remove(node)
         for offset, new in enumerate(nodes):
             graph.node.insert(place + offset, new)
     graph.ClearField("value_info")
-    constants = {item.name for item in graph.initializer}
+    numbers = {item.name for item in graph.initializer}
     tensors = extremes.keys() | ranges.keys()
     products = [
         node.name
         for node in graph.node
-        if _is_product(node, constants) and tensors >= {*node.input, *node.output} and not is_float(node)
+        if _is_product(node, numbers) and tensors >= {*node.input, *node.output} and not is_float(node)
     ]
     return Spelled(ranges, tuple(products), tuple(factors))
 
@@ -138,6 +126,33 @@ def read_scaled(model: ModelProto, factors: Iterable[str]) -> None:
             graph.node.remove(node)
         if not any(before.output[0] in node.input for node in graph.node):
             graph.node.remove(before)
+
+
+def _spelling(node: NodeProto, name: str) -> tuple[list[Any], list[NodeProto]]:
+    """HardSwish or HardSigmoid as constants and Add, Clip, Mul and, for the first, another Mul.
+
+    Args:
+        node: what they take the place of.
+        name: what the names of new tensors begin with.
+    """
+    from onnx import helper, numpy_helper
+
+    alpha, beta = _slope(node)
+    swish = node.op_type == "HardSwish"
+    values = {"shift": beta / alpha, "low": 0.0, "high": 1 / alpha, "factor": alpha}
+    constants = [
+        numpy_helper.from_array(np.array(value, np.float32), f"{name}_{part}") for part, value in values.items()
+    ]
+    shift, low, high, factor = (item.name for item in constants)
+    total, cut, gate = f"{name}_sum", f"{name}_cut", name if swish else node.output[0]
+    nodes = [
+        helper.make_node("Add", [node.input[0], shift], [total], name=total),
+        helper.make_node("Clip", [total, low, high], [cut], name=cut),
+        helper.make_node("Mul", [cut, factor], [gate], name=factor),
+    ]
+    if swish:
+        nodes.append(helper.make_node("Mul", [node.input[0], gate], [node.output[0]], name=node.name))
+    return constants, nodes
 
 
 def _slope(node: NodeProto) -> Range:
