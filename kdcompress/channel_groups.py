@@ -104,9 +104,10 @@ def channel_groups(model: ModelProto, change: Change = "rescale") -> tuple[Group
             writers.append((node.output[0], tuple(node.input[1:])))
             readers.append(Reader(node.name, node.input[0], node.input[1]))
             weight = facts.weights[node.input[1]]
+            size = layer_size(node, weight)
             if change == "add" and is_depthwise(node, weight):
                 joined.join(node.input[0], node.output[0])
-            elif change == "add" and (layer_size(node, weight) or (0, 0, (), 0))[3] != 1:
+            elif change == "add" and (size is None or size[3] > 1):  # other groups than single channels
                 joined.pin(node.input[0], node.output[0])
         elif own and (tied := (_rescaled if change == "rescale" else _added_to)(node, facts)):
             joined.join(*tied)

@@ -107,7 +107,7 @@ class Fp16Quantizer:
         step = provenance_step(
             "convert-fp16",
             bundle,
-            profile=profile.name,
+            **({"profile": profile.name} if bundle.precision == "int8" else {}),  # of fp32 it is the same for all
             converter="kdcompress" if self.autocast is None else "modelopt AutoCast",
             kept_float32=kept,
             measured={"images": len(measured), "digest": images_digest(measured)},

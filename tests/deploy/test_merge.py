@@ -82,12 +82,13 @@ def test_a_report_elsewhere_does_not_go_with_a_measurement(shop: Shop, away: Pat
 
 
 def test_a_measurement_still_belongs_to_its_run_when_something_else_was_made_there(shop: Shop, away: Path) -> None:  # noqa: F811
-    """The fp32 file is the same whatever it was written for."""
-    digest = read_bundle(shop.folder / "run" / "onnx-fp32").digest
+    """The files in fp32 and fp16 are the same whatever they were written for."""
+    digest, half = (read_bundle(shop.folder / "run" / f"onnx-{name}").digest for name in ("fp32", "fp16"))
     shop.must("quantize", "run", "--fp16", "--for", "trt10.3")
     shop.must("export", "run", "--opset", "15")
     assert read_bundle(shop.folder / "run" / "onnx-fp32-opset15").digest != digest
     assert read_bundle(shop.folder / "run" / "onnx-fp32").digest == digest
+    assert read_bundle(shop.folder / "run" / "onnx-fp16").digest == half
 
 
 @pytest.mark.parametrize(
