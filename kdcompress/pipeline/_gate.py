@@ -185,6 +185,10 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
         if theirs is not None and theirs.precision != "int8":
             times = theirs.restart_p50_ms, mine.restart_p50_ms
             found.append(speed_up(theirs.precision, *times, batch_size=mine.batch_size))
+    known = {bundle.digest, *(other.digest for other in others)}
+    for entry in measurement.models:  # fp16 that `export --device --out` made for its folder alone is a rival too
+        if entry.precision == "fp16" and entry.batch_size == mine.batch_size and entry.bundle not in known:
+            found.append(speed_up("fp16", entry.restart_p50_ms, mine.restart_p50_ms, batch_size=mine.batch_size))
     if not any(entry.rival == "fp32" for entry in found):
         if any(entry.precision == "fp32" for entry in measurement.models):
             what = f"the fp32 file that {bundle.path.name} was timed with is not in this run: it was written anew since"

@@ -180,6 +180,8 @@ def test_a_measurement_from_the_target_is_believed(tmp_path: Path) -> None:
     assert (after.answer, after.measured_on) == ("pass", "tensorrt 10.3.0 · Orin Nano")
     assert after.drop == before.drop
     assert after.speed_ups[0].ratio == pytest.approx(2)
+    elsewhere = believe(before, made, [source], measured(made.digest, source.digest, (1.0, 2.0), half.digest))
+    assert elsewhere == after, "fp16 that lies in the device bundle alone"
     alone = believe(before, made, [source, half], measured(made.digest, source.digest, (1.0, 2.0)))
     assert (alone.answer, len(alone.speed_ups)) == ("unmeasured on target", 1)
     assert "Speed: fp16 was not timed, which the target computes as well: nothing is recommended yet." in alone.reasons
