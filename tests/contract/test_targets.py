@@ -69,7 +69,8 @@ def test_a_quantizer_writes_what_it_says_for_every_profile(name: str, profile: s
     check_successor(made, source)
     step = made.provenance[-1]
     assert 0.95 < step["agreement"]["value"] <= 1
-    assert step["profile"] == profile
+    # What does not depend on the profile does not name it, or the file's digest would.
+    assert step.get("profile") == (None if quantizer.makes == "fp16" else profile)
     again = quantizer.run(source, images[:200], tmp_path / "again", profile=PROFILES[profile], images=images[1200:])
     assert again.digest == made.digest
     with pytest.raises(OutputError):
