@@ -26,9 +26,9 @@ def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 
 @click.command()
 @click.argument("source", metavar="[RUN|BUNDLE|MODEL.onnx]", required=False, type=click.Path(path_type=Path))
-@click.option("--onnx", "target", flag_value="onnx", default="onnx", help="One ONNX file (the default).")
-@click.option("--trt", "target", flag_value="trt", help="A TensorRT engine; without a GPU, the device bundle.")
-@click.option("--device", "target", flag_value="device", help="A folder that runs, checks and measures on a device.")
+@click.option("--onnx", is_flag=True, help="One ONNX file (the default).")
+@click.option("--trt", is_flag=True, help="A TensorRT engine; without a GPU, the device bundle.")
+@click.option("--device", is_flag=True, help="A folder that runs, checks and measures on a device.")
 @click.option("--for", "profile", metavar="PROFILE", default="auto", show_default=True, help="kdcompress ls profiles.")
 @click.option("--data", metavar="DATA", help="Images to compare on, where no run says which [default: the run's].")
 @click.option("--batch", metavar="N", type=click.IntRange(min=1), help="A fixed batch size [default: any].")
@@ -51,7 +51,9 @@ def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @takes_onnx_files("source", keep=True)
 def command(
     source: Path | None,
-    target: str,
+    onnx: bool,
+    trt: bool,
+    device: bool,
     profile: str,
     data: str | None,
     batch: int | None,
@@ -75,6 +77,10 @@ def command(
     from kdcompress.bundle import Interface
     from kdcompress.errors import InputError
 
+    targets = [name for name, asked in (("onnx", onnx), ("trt", trt), ("device", device)) if asked]
+    if len(targets) > 1:
+        raise InputError(f"--{targets[0]} and --{targets[1]} are two exports", fix="one command for each")
+    target = targets[0] if targets else "onnx"
     interface = Interface(layout, output, batch)
     if target != "onnx" and (interface.changes or opset):
         what = "--batch, --opset, --input and --output are of --onnx"

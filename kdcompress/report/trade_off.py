@@ -55,7 +55,7 @@ def sensitivity_table(layers: Sequence[Mapping[str, Any]], most: int = 12) -> Ta
 
 
 def draw_trade_off(tried: Sequence[Mapping[str, Any]], chosen: int, max_drop: float) -> str:
-    """The drop of each way, with its interval, against its speed-up, or against its size where none was timed, as SVG.
+    """The drop of each way, with its interval, against its speed-up, or side by side where none was timed, as SVG.
 
     Args:
         tried: as for `tried_table`.
@@ -64,7 +64,7 @@ def draw_trade_off(tried: Sequence[Mapping[str, Any]], chosen: int, max_drop: fl
     """
     timed = any(entry["speed_up"] is not None for entry in tried)
     places = {
-        number: (entry["speed_up"] if timed else entry["size_mb"], 100 * entry["drop"]["value"])
+        number: (entry["speed_up"] if timed else float(number + 1), 100 * entry["drop"]["value"])
         for number, entry in enumerate(tried)
         if not timed or entry["speed_up"] is not None
     }
@@ -79,9 +79,9 @@ def draw_trade_off(tried: Sequence[Mapping[str, Any]], chosen: int, max_drop: fl
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         *(_line(place_x(x), _TOP, place_x(x), _BOTTOM, "#e5e5e5") for x in x_ticks),
         *(_line(_LEFT, place_y(y), _RIGHT, place_y(y), "#e5e5e5") for y in y_ticks),
-        *(_text(place_x(x), _BOTTOM + 16, f"{x:g}", "middle") for x in x_ticks),
+        *(_text(place_x(x), _BOTTOM + 16, f"{x:g}", "middle") for x in x_ticks if timed),
         *(_text(_LEFT - 6, place_y(y) + 4, f"{y:g}", "end") for y in y_ticks),
-        _text((_LEFT + _RIGHT) / 2, _BOTTOM + 36, "times as fast as fp32" if timed else "size, MB", "middle"),
+        _text((_LEFT + _RIGHT) / 2, _BOTTOM + 36, "times as fast as fp32" if timed else "tried, none timed", "middle"),
         f'<text transform="translate(16 {(_TOP + _BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
         "drop of top-1, points</text>",
         _line(_LEFT, place_y(100 * max_drop), _RIGHT, place_y(100 * max_drop), _LIMIT, dashed=True),

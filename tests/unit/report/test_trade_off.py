@@ -61,10 +61,12 @@ def test_points_stand_where_the_axes_say() -> None:
     ]
 
 
-def test_without_a_speed_it_is_the_size() -> None:
-    picture = drawn(draw_trade_off([way(0.01, 0.001, None, size_mb=0.322)], 0, 0.01))
-    assert read_off(picture) == [pytest.approx((0.322, 1.0), abs=0.005)]
-    assert "size, MB" in words(picture)
+def test_without_a_speed_they_stand_side_by_side() -> None:
+    picture = drawn(draw_trade_off([way(0.01, 0.001, None), way(0.01, 0.001, None), way(0.02, 0.001, None)], 0, 0.01))
+    places = [float(point.get("cx", "")) for point in picture.iter(f"{SVG}circle")]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.2)
+    assert places[1] - places[0] > 20
+    assert "tried, none timed" in words(picture)
     assert "fp32" not in words(picture)
 
 
