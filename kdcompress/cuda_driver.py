@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -166,16 +167,19 @@ class Cuda:
         """Waits until all that is on the stream is done."""
         self._do("cuStreamSynchronize", self._stream)
 
-    def time_ms(self, enqueue: Callable[[], None]) -> float:
-        """Milliseconds that the GPU takes for what `enqueue` puts on the stream, by a pair of events."""
+    def time_ms(self, enqueue: Callable[[], None]) -> tuple[float, float]:
+        """Milliseconds between a pair of events around what `enqueue` puts on the stream, and those that it took to
+        put it there."""
         start, end = self._events
         elapsed = ctypes.c_float()
         self._do("cuEventRecord", start, self._stream)
+        begun = time.perf_counter_ns()
         enqueue()
+        handed_over = (time.perf_counter_ns() - begun) / 1e6
         self._do("cuEventRecord", end, self._stream)
         self._do("cuEventSynchronize", end)
         self._do("cuEventElapsedTime", ctypes.byref(elapsed), start, end)
-        return float(elapsed.value)
+        return float(elapsed.value), handed_over
 
 
 def why_no_gpu() -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ _NUMBERS = (
     ("FP16", re.compile(r"fp16|half", re.IGNORECASE)),
     ("FP32", re.compile(r"fp32|float|tf32", re.IGNORECASE)),
 )
+_MULTIPLIES = re.compile(r"conv|correlation|gemm|matmul|matrixmultiply|fullyconnected", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Layer:
         name: as TensorRT calls it.
         kind: "CaskConvolution", "gemm", "Reformat" …
         precision: what it computes in: INT8, FP8, BF16, FP16, FP32; "other" where no number is computed.
-        weighted: it has weights.
+        weighted: it multiplies by weights, as far as is told: it has some, or it has none to tell of and is called
+            after a convolution or a matrix product.
     """
 
     name: str
@@ -38,21 +41,28 @@ class Layer:
 
 
 def parse_layers(information: str) -> tuple[Layer, ...]:
-    """The layers in the JSON of an engine inspector, of an engine with detailed verbosity."""
-    found = json.loads(information).get("Layers", [])
+    """The layers in the JSON of an engine inspector, of an engine with detailed verbosity; none where it is no JSON."""
+    try:
+        found = json.loads(information, strict=False)["Layers"]
+    except (ValueError, LookupError, TypeError):
+        return ()
     return tuple(_layer(entry) for entry in found if isinstance(entry, dict))
 
 
 def _layer(entry: Mapping[str, Any]) -> Layer:
     weights = entry.get("Weights")
-    weighted = isinstance(weights, dict) and int(weights.get("Count", 0)) > 0
-    said = [str(weights.get("Type", ""))] if weighted and isinstance(weights, dict) else []
+    kind = str(entry.get("LayerType", ""))
+    if isinstance(weights, dict):
+        weighted = int(weights.get("Count", 0)) > 0
+        said = [str(weights.get("Type", ""))] if weighted else []
+    else:
+        weighted, said = _MULTIPLIES.search(kind) is not None, []
     for side in ("Inputs", "Outputs"):
         tensors = entry.get(side) or []
         said += [str(tensor.get("Format/Datatype", "")) for tensor in tensors[:1] if isinstance(tensor, dict)]
     numbers = [_number(text) for text in said]
     precision = next((number for number in numbers if number != "other"), "other")
-    return Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), precision, weighted)
+    return Layer(str(entry.get("Name", "")), kind, precision, weighted)
 
 
 def _number(text: str) -> str:
@@ -70,6 +80,7 @@ def precision_shares(layers: Sequence[Layer], times: Mapping[str, float]) -> dic
         precision -> `layers` (how many), `weighted_layers`, `share` of all layers, `time_share`; fractions of 1.
     """
     total = sum(times.values())
+    alike = Counter(layer.name for layer in layers)  # layers may share a name, and their times are told together
     shares: dict[str, dict[str, Any]] = {}
     for name in sorted({layer.precision for layer in layers}):
         mine = [layer for layer in layers if layer.precision == name]
@@ -79,20 +90,20 @@ def precision_shares(layers: Sequence[Layer], times: Mapping[str, float]) -> dic
             "share": len(mine) / len(layers),
         }
         if total > 0:
-            shares[name]["time_share"] = sum(times.get(layer.name, 0.0) for layer in mine) / total
+            shares[name]["time_share"] = sum(times.get(layer.name, 0.0) / alike[layer.name] for layer in mine) / total
     return shares
 
 
 def missing_precision(precision: str, shares: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Why an engine is not in the precision asked for, as a sentence; None where it is.
+    """Why an engine is not in the precision asked for, as a sentence; None where it is, or where nothing is told.
 
     INT8 and FP16 must be there in a layer with weights; where TensorRT tells of no weights at all, in any layer.
     """
-    if precision == "fp32":
+    if precision == "fp32" or not shares:
         return None
     wanted = {"int8": "INT8", "fp16": "FP16"}[precision]
     key = "weighted_layers" if any(share["weighted_layers"] for share in shares.values()) else "layers"
     if shares.get(wanted, {}).get(key, 0) > 0:
         return None
-    found = ", ".join("{:.0%} {}".format(share["share"], name) for name, share in shares.items()) or "nothing"
+    found = ", ".join("{:.0%} {}".format(share["share"], name) for name, share in shares.items())
     return f"{wanted} was asked for and no layer with weights computes in it; by layers it is {found}"

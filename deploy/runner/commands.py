@@ -18,8 +18,10 @@ from .measure import measure as measure_models
 from .measure import obey, write_document
 from .pictures import SUFFIXES
 from .sessions import Settings, choose_runtime, look_inside, open_model
-from .tensorrt_engine import BuildOptions
+from .tensorrt_builder import BuildOptions
 
+_WAITING = 0.8
+"""Share of the time between the events, that handing over takes, above which trtexec, too, says so."""
 _MARGIN = 0.025
 """Coefficient of variation above which trtexec, too, asks for locked clocks."""
 
@@ -38,8 +40,8 @@ def build(root: Path, arguments: argparse.Namespace) -> int:
         raise DeviceError("only TensorRT has engines to build", "--runtime")
     for model in models:
         opened = open_model(model, settings)
-        shares = look_inside(model, opened, _zeros(bundle, model)) or {}
-        parts = ", ".join(f"{share['share']:.0%} {name}" for name, share in shares.items())
+        shares = look_inside(model, opened, _zeros(bundle, model, settings)) or {}
+        parts = ", ".join(f"{share['share']:.0%} {name}" for name, share in shares.items()) or "not told"
         print(f"{model.precision}: {settings.engines / model.precision}.engine · layers: {parts}")
     return 0
 
@@ -49,6 +51,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
     bundle, models, settings = _begin(root, arguments)
     if not arguments.out.absolute().parent.is_dir():
         raise DeviceError(f"there is no folder {arguments.out.absolute().parent}", "--out")
+    batch_sizes = _batch_sizes(models, settings, arguments.batch_sizes)
     agreements, inside = _check(bundle, models, settings)
     if not all(one.passed for one in agreements.values()):
         raise DeviceError("nothing is measured: the golden test failed", str(root), "see the lines above", 1)
@@ -58,7 +61,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
         settings,
         agreements,
         inside,
-        batch_sizes=_batch_sizes(models, arguments.batch_sizes),
+        batch_sizes=batch_sizes,
         warmup=arguments.warmup,
         iterations=arguments.iterations,
         restarts=arguments.restarts,
@@ -131,7 +134,7 @@ def _check(
     for model in models:
         opened = open_model(model, settings)
         found = agreements[model.precision] = compare(bundle, model, opened, pixels)
-        inside[model.precision] = look_inside(model, opened, _zeros(bundle, model))
+        inside[model.precision] = look_inside(model, opened, _zeros(bundle, model, settings))
         print(
             f"{model.precision} · {opened.runtime} · largest difference of a logit {found.difference:.1e} of the "
             f"largest, {model.tolerance:.0e} allowed · same class {found.same_class:.0%} · "
@@ -140,20 +143,23 @@ def _check(
     return agreements, inside
 
 
-def _zeros(bundle: DeviceBundle, model: Model) -> np.ndarray:
-    return model.feed(np.zeros((model.batch or 1, *bundle.image_shape), np.uint8))
+def _zeros(bundle: DeviceBundle, model: Model, settings: Settings) -> np.ndarray:
+    return model.feed(np.zeros((settings.least_batch(model), *bundle.image_shape), np.uint8))
 
 
-def _batch_sizes(models: list[Model], asked: tuple[int, ...] | None) -> list[int]:
-    """The batch sizes to measure: those asked for, or the one that the models are fixed to.
+def _batch_sizes(models: list[Model], settings: Settings, asked: tuple[int, ...] | None) -> list[int]:
+    """The batch sizes to measure: those asked for, or the least that the models and their engines take.
 
     Raises:
-        DeviceError: another one was asked for.
+        DeviceError: they do not take one that was asked for.
     """
-    fixed = models[0].batch
-    sizes = sorted(set(asked or (fixed or 1,)))
+    sizes = sorted(set(asked or (settings.least_batch(models[0]),)))
+    fixed, options = models[0].batch, settings.options
     if fixed is not None and sizes != [fixed]:
         raise DeviceError(f"these models take {fixed} images at once", "--batch-sizes", "give that number")
+    if settings.runtime == "tensorrt" and not options.min_batch <= sizes[0] <= sizes[-1] <= options.max_batch:
+        what = f"{sizes[0]} to {sizes[-1]} images, the engines take {options.min_batch} to {options.max_batch}"
+        raise DeviceError(what, "--batch-sizes", "give --batch MIN,OPT,MAX that holds them")
     return sizes
 
 
@@ -175,8 +181,10 @@ def _tell(document: dict[str, Any]) -> None:
         call = entry["extras"]["call_ms"]
         gpu = entry["extras"].get("gpu_ms")
         parts = [f"{entry['precision']}, batch {entry['batch_size']}: p50 {call['p50']:.3f} ms, p99 {call['p99']:.3f}"]
-        parts += [f"n = {call['n']}"] + ([f"GPU alone p50 {gpu['p50']:.3f}"] if gpu else [])
+        parts += [f"n = {call['n']}"] + ([f"between CUDA events p50 {gpu['p50']:.3f}"] if gpu else [])
         print(", ".join(parts))
+        if gpu and entry["extras"]["enqueue_ms"]["p50"] > _WAITING * gpu["p50"]:
+            print("  the GPU waits for the CPU, which hands over layer by layer: a CUDA graph (trtexec.md) is faster")
         if call["cv"] > _MARGIN:
             print(f"  the calls vary by {call['cv']:.1%}: hold the clocks (targets/ says how), and run nothing else")
         if call["n"] < 1000:

@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> int:
     from . import commands
     from .cuda_driver import CudaError
     from .errors import DeviceError
-    from .tensorrt_engine import EngineError
+    from .tensorrt_module import EngineError
 
     try:
         return int(getattr(commands, arguments.command.strip("_"))(ROOT, arguments))

@@ -103,7 +103,8 @@ def measure(
             "interleaved": True,
             "block": timing.BLOCK,
             "timed": "one call from Python, images in memory to logits in memory",
-            "gpu_timed": "CUDA events around the enqueue, images on the GPU, no CUDA graph",
+            "gpu_timed": "between CUDA events around the enqueue, images on the GPU, no CUDA graph",
+            "enqueue_timed": "the CPU's part of that, by its clock",
             "engine": asdict(settings.options),
         },
         "models": entries,
@@ -111,9 +112,11 @@ def measure(
 
 
 def _extras(found: dict[str, Any], model: Model, processes: Sequence[Any]) -> dict[str, Any]:
-    gpu = [value for process in processes for value in process[model.precision].get("gpu", [])]
-    calls = [value for process in processes for value in process[model.precision]["call"]]
-    return {**found, "call_ms": timing.summary(calls), **({"gpu_ms": timing.summary(gpu)} if gpu else {})}
+    times: dict[str, list[float]] = {}
+    for process in processes:
+        for name, values in process[model.precision].items():
+            times.setdefault(f"{name}_ms", []).extend(values)
+    return {**found, **{name: timing.summary(values) for name, values in times.items()}}
 
 
 def _versions(runtime: str) -> dict[str, str]:
@@ -149,7 +152,7 @@ def _child(bundle: DeviceBundle, precisions: Sequence[str], settings: Settings, 
 
 def obey(bundle: DeviceBundle, order: dict[str, Any]) -> Any:
     """What a measuring process does with its order."""
-    from .tensorrt_engine import BuildOptions
+    from .tensorrt_builder import BuildOptions
 
     given = order["settings"]
     settings = Settings(given["runtime"], given["threads"], Path(given["engines"]), BuildOptions(**given["options"]))

@@ -15,8 +15,10 @@ import numpy as np
 
 from .errors import DeviceError
 from .folder import DeviceBundle, Model
-from .tensorrt_engine import BuildOptions, Engine, build_engine, describe_here, refusal, why_not_here
+from .tensorrt_builder import BuildOptions, build_engine
+from .tensorrt_engine import Engine
 from .tensorrt_layers import missing_precision, precision_shares
+from .tensorrt_module import EngineError, describe_here, refusal, why_not_here
 
 RUNTIMES = ("tensorrt", "onnxruntime")
 
@@ -36,6 +38,10 @@ class Settings:
     threads: int
     engines: Path
     options: BuildOptions = field(default_factory=BuildOptions)
+
+    def least_batch(self, model: Model) -> int:
+        """The fewest images that an open model computes in a call."""
+        return model.batch or (self.options.min_batch if self.runtime == "tensorrt" else 1)
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,17 @@ def _open_engine(model: Model, settings: Settings) -> Opened:
     facts = _kept(facts_file)
     wanted = {"model": model.digest, "options": asdict(settings.options)}
     same = all(facts.get(key) == value for key, value in wanted.items())
-    if not same or refusal(facts.get("engine", {}), describe_here()) is not None or not file.exists():
-        facts = {**wanted, **_build(model, settings, file)}
-        _write(facts_file, json.dumps(facts, indent=2).encode())
+    if same and refusal(facts.get("engine", {}), describe_here()) is None and file.exists():
+        try:
+            return _load_engine(model, file, facts)
+        except EngineError:
+            pass  # damaged, or of another build of this version: it is built again
+    facts = {**wanted, **_build(model, settings, file)}
+    _write(facts_file, json.dumps(facts, indent=2).encode())
+    return _load_engine(model, file, facts)
+
+
+def _load_engine(model: Model, file: Path, facts: dict[str, Any]) -> Opened:
     start = time.perf_counter()
     engine = Engine(file.read_bytes(), facts["engine"], model.output)
     load_s = time.perf_counter() - start
@@ -128,7 +142,8 @@ def _build(model: Model, settings: Settings, file: Path) -> dict[str, Any]:
     content, new = build_engine(model.path.read_bytes(), model.precision, settings.options, old)
     build_s = time.perf_counter() - start
     _write(file, content)
-    _write(cache, new)
+    if new:
+        _write(cache, new)
     compatible = {name: getattr(settings.options, name) for name in ("version_compatible", "hardware_compatible")}
     return {"engine": {**describe_here(), **compatible}, "build_s": build_s}
 
@@ -145,7 +160,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def look_inside(model: Model, opened: Opened, images: np.ndarray) -> dict[str, dict[str, Any]] | None:
-    """What part of an engine computes in which precision; None where the runtime has no engine.
+    """What part of an engine computes in which precision; None where there is no engine, or nobody tells.
 
     Raises:
         DeviceError: the precision of the model is not there.
@@ -156,4 +171,6 @@ def look_inside(model: Model, opened: Opened, images: np.ndarray) -> dict[str, d
     lacking = missing_precision(model.precision, shares)
     if lacking is not None:
         raise DeviceError(lacking, str(model.path), "this model gains nothing here: take another precision", 1)
-    return shares
+    if not shares:
+        print(f"{model.precision}: TensorRT's inspector tells nothing of this engine's layers")
+    return shares or None

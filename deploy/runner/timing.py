@@ -26,7 +26,7 @@ def time_in_turns(
     bundle: DeviceBundle, models: Sequence[Model], settings: Settings, batch_size: int, warmup: int, iterations: int
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of each call: precision -> `call` (images in memory to logits in memory), and on a GPU `gpu`
-    (by CUDA events, images on the GPU already)."""
+    (between CUDA events, images on the GPU already) and `enqueue` (of the CPU, to hand that over)."""
     images = _images(bundle, models[0], batch_size)
     opened = {model.precision: open_model(model, settings) for model in models}
     for one in opened.values():
@@ -39,7 +39,9 @@ def time_in_turns(
             one.answer(images)
             times[name]["call"] += [_call_ms(one, images) for _ in range(count)]
             if one.engine is not None:
-                times[name].setdefault("gpu", []).extend(one.engine.time_gpu(images, count))
+                for gpu, enqueue in one.engine.time_gpu(images, count):
+                    times[name].setdefault("gpu", []).append(gpu)
+                    times[name].setdefault("enqueue", []).append(enqueue)
     return times
 
 
@@ -48,7 +50,7 @@ def probe(bundle: DeviceBundle, model: Model, settings: Settings, calls: int) ->
     energy where the board's rails can be read."""
     before = available_memory_mb()
     opened = open_model(model, settings)
-    images = _images(bundle, model, model.batch or 1)
+    images = _images(bundle, model, settings.least_batch(model))
     for _ in range(10):
         opened.answer(images)
     after = available_memory_mb()
@@ -72,7 +74,7 @@ def probe(bundle: DeviceBundle, model: Model, settings: Settings, calls: int) ->
 
 def sustain(bundle: DeviceBundle, model: Model, settings: Settings, seconds: float) -> list[dict[str, Any]]:
     """Runs a model without a pause: for each window its median in ms, and the clocks and temperatures at its end."""
-    opened, images = open_model(model, settings), _images(bundle, model, model.batch or 1)
+    opened, images = open_model(model, settings), _images(bundle, model, settings.least_batch(model))
     begun, windows = time.monotonic(), []
     while time.monotonic() - begun < seconds:
         end = min(time.monotonic() + _WINDOW_S, begun + seconds)

@@ -95,7 +95,7 @@ def command(
         export_device(source, profile=profile, data=data, out=out, golden_images=golden_images)
     else:
         from kdcompress.pipeline.device import export_engine
-        from kdcompress.tensorrt_engine import BuildOptions
+        from kdcompress.tensorrt_builder import BuildOptions
 
         options = BuildOptions(
             *engine_batch,

@@ -41,7 +41,17 @@ MANIFEST = "MANIFEST.sha256"
 DEVICE_FILE = "device.json"
 FORMAT = "kdcompress/device-bundle"
 SCHEMA_VERSION = 1
-SHARED = ("cuda_driver.py", "pictures.py", "resizing.py", "tensorrt_engine.py", "tensorrt_layers.py")
+SHARED = (
+    *(
+        "cuda_driver.py",
+        "pictures.py",
+        "resizing.py",
+        "tensorrt_module.py",
+        "tensorrt_builder.py",
+        "tensorrt_engine.py",
+    ),
+    "tensorrt_layers.py",
+)
 """Files of kdcompress that are part of the runner; each is Python 3.8 and imports none but one another."""
 
 TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}

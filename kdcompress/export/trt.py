@@ -1,6 +1,6 @@
 """TensorRT: an engine, built from the typed ONNX graph on the GPU that it is for, and looked into.
 
-What a layer computes in is what the graph says (`tensorrt_engine`); the engine's inspector tells what came out, and an
+What a layer computes in is what the graph says (`tensorrt_builder`); the engine's inspector tells what came out, and an
 engine without the precision asked for is not kept. `bundle.json` names the TensorRT version and the GPU, to which an
 engine belongs.
 """
@@ -11,10 +11,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as replace_fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kdcompress.bundle import Bundle, Kind, provenance_step, write_bundle
 from kdcompress.errors import InputError, RunError, ShapeError, VerificationError
@@ -23,8 +21,10 @@ from kdcompress.profiles import Profile
 from kdcompress.runtimes.base import ask
 from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
 from kdcompress.runtimes.tensorrt_runtime import engine_errors
-from kdcompress.tensorrt_engine import BuildOptions, Engine, build_engine, describe_here, why_not_here
+from kdcompress.tensorrt_builder import BuildOptions, build_engine
+from kdcompress.tensorrt_engine import Engine
 from kdcompress.tensorrt_layers import missing_precision, precision_shares
+from kdcompress.tensorrt_module import describe_here, why_not_here
 from kdcompress.types import Images
 
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
@@ -68,7 +68,8 @@ class TrtTarget:
             compatible = {name: getattr(options, name) for name in ("version_compatible", "hardware_compatible")}
             facts = {**here, **compatible}
             engine = Engine(content, facts, bundle.interface.output)
-            few = _exactly(bundle.interface.feed(images[: options.opt_batch]), bundle.interface.batch)
+            few = bundle.interface.feed(images[: options.opt_batch])
+            few = np.resize(few, (options.opt_batch, *few.shape[1:]))  # the same ones again where they do not suffice
             shares = precision_shares(engine.layers(few), engine.layer_times(few))
             difference = _difference(bundle, engine, images)
         if self.timing_cache is not None:
@@ -117,11 +118,6 @@ def _for_batch(options: BuildOptions, batch: int | None) -> BuildOptions:
     if batch is None or chosen != (usual.min_batch, usual.opt_batch, usual.max_batch):
         return options
     return replace_fields(options, min_batch=batch, opt_batch=batch, max_batch=batch)
-
-
-def _exactly(values: NDArray[Any], batch: int | None) -> NDArray[Any]:
-    """As many as the graph is fixed to, the same ones again where they do not suffice."""
-    return values if batch is None else np.resize(values, (batch, *values.shape[1:]))
 
 
 def _difference(bundle: Bundle, engine: Engine, images: Images) -> float:

@@ -19,7 +19,8 @@ from kdcompress.pipeline.base import console
 from kdcompress.profiles import Profile
 from kdcompress.report import read_report
 from kdcompress.report.base import REPORT_FILE, AccuracyPart
-from kdcompress.tensorrt_engine import BuildOptions, why_not_here
+from kdcompress.tensorrt_builder import BuildOptions
+from kdcompress.tensorrt_module import why_not_here
 
 
 def export_engine(
@@ -73,7 +74,7 @@ def export_engine(
     wanted = choose_profile(chosen)
     bundle = walk(start.bundle, "trt", folder, profile=wanted, images=images, replace=out is None, target=target)
     step = bundle.provenance[-1]
-    shares = ", ".join(f"{share['share']:.0%} {name}" for name, share in step["precisions"].items())
+    shares = ", ".join(f"{share['share']:.0%} {name}" for name, share in step["precisions"].items()) or "not told"
     console().print(
         f"{bundle.path} · {bundle.size_mb:.3f} MB · TensorRT {step['engine']['tensorrt']} on {step['engine']['gpu']} · "
         f"layers: {shares} · largest difference {step['difference']:.1e}"

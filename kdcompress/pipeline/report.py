@@ -47,7 +47,7 @@ from kdcompress.report import (
 from kdcompress.report.base import REPORT_FILE, RowKind
 from kdcompress.runtimes import open_bundle
 from kdcompress.runtimes.tensorrt_runtime import engine_facts
-from kdcompress.tensorrt_engine import describe_here, refusal, why_not_here
+from kdcompress.tensorrt_module import describe_here, refusal, why_not_here
 from kdcompress.train import LOG
 from kdcompress.types import Predictor
 

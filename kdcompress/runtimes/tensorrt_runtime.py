@@ -10,7 +10,8 @@ from kdcompress.bundle import Bundle, Interface, Preprocess, fit_images
 from kdcompress.cuda_driver import CudaError
 from kdcompress.errors import BundleError, InputError, RunError
 from kdcompress.runtimes.base import ask
-from kdcompress.tensorrt_engine import Engine, EngineError, describe_here, refusal, why_not_here
+from kdcompress.tensorrt_engine import Engine
+from kdcompress.tensorrt_module import EngineError, describe_here, refusal, why_not_here
 from kdcompress.types import Images, Logits
 
 

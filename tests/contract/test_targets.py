@@ -13,7 +13,7 @@ from kdcompress.export import Target, find_target, list_targets, walk
 from kdcompress.profiles import PROFILES
 from kdcompress.quantize import Quantizer, find_quantizer, list_quantizers
 from kdcompress.runtimes import open_bundle
-from kdcompress.tensorrt_engine import why_not_here
+from kdcompress.tensorrt_module import why_not_here
 from tests.unit.deployed import digits, onnx_bundle, student_bundle
 
 PROFILE = PROFILES["ort-x86"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import types
+import weakref
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,8 +42,12 @@ def enumeration(title: str, *names: str) -> type:
 
 
 def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.ModuleType:
-    """The module of a version. `behaviour`: `layers` (what the inspector tells), `error` (the builder fails with it),
-    `unread` (the parser fails with it)."""
+    """The module of a version.
+
+    `behaviour`: `layers` (what the inspector tells), `untold` (what it tells instead where it is given a context),
+    `error` (the builder fails with it), `unread` (the parser fails with it), `caches` (what becomes of a timing cache
+    that is not empty: "refused", "damaged" or "none kept"), `batches` (of its engines: fewest and most).
+    """
     trt: Any = types.ModuleType("tensorrt")
     trt.__version__ = version
     trt.asked = asked = {"flags": [], "network": 0, "shapes": None, "config": None}
@@ -67,6 +72,9 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
 
     class OnnxParser(Strict):
         num_errors = 1 if behaviour.get("unread") else 0
+
+        def set_flag(self, flag: Member) -> None:
+            asked["flags"].append(flag.name)
 
         def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
             assert isinstance(network, INetworkDefinition)
@@ -98,15 +106,21 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
         def set_memory_pool_limit(self, pool: Member, size: int) -> None:
             asked["workspace"] = size
 
-        def create_timing_cache(self, content: bytes) -> ITimingCache:
+        _cache: ITimingCache | None = None
+
+        def create_timing_cache(self, content: bytes) -> ITimingCache | None:
             asked["cache"] = content
-            return ITimingCache()
+            return None if content and behaviour.get("caches") == "damaged" else ITimingCache()
 
         def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+            assert isinstance(cache, ITimingCache)
+            if asked["cache"] and behaviour.get("caches") == "refused":
+                return False
+            self._cache = None if behaviour.get("caches") == "none kept" else cache
             return True
 
-        def get_timing_cache(self) -> ITimingCache:
-            return ITimingCache()
+        def get_timing_cache(self) -> ITimingCache | None:
+            return self._cache
 
         def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
             return 0
@@ -133,15 +147,23 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
             return b"engine of " + version.encode()
 
     class IExecutionContext(Strict):
-        profiler = None
+        profiler = nvtx_verbosity = None
 
-        def __init__(self) -> None:
+        def __init__(self, engine: ICudaEngine) -> None:
             self._addresses: dict[str, int] = {}
             self._shape = (0,)
+            self._engine = engine
+            self._has_profile = False
+
+        def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+            assert (profile_index, stream_handle) == (0, 7)
+            self._has_profile = self._engine._give_profile(self)
+            return self._has_profile
 
         def set_input_shape(self, name: str, shape: Any) -> bool:
             self._shape = shape
-            return bool(shape[1:] == (3, 2, 2))
+            (least, *rest), _, (most, *_) = self._engine.get_tensor_profile_shape(name, 0)
+            return self._has_profile and least <= shape[0] <= most and list(shape[1:]) == rest
 
         def get_tensor_shape(self, name: str) -> Any:
             return self._shape if name == "images" else (self._shape[0], CLASSES)
@@ -166,12 +188,27 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
         execution_context = None
 
         def get_engine_information(self, format: Member) -> str:
-            assert self.execution_context is not None
+            if self.execution_context is not None and "untold" in behaviour:
+                return behaviour["untold"]
             return behaviour["layers"]
 
     class ICudaEngine(Strict):
+        def __init__(self) -> None:
+            self._holders: list[weakref.ref[IExecutionContext]] = []
+
         def create_execution_context(self) -> IExecutionContext:
-            return IExecutionContext()
+            context = IExecutionContext(self)
+            if not self._holders:  # the first one has the first profile by itself
+                context._has_profile = self._give_profile(context)
+            return context
+
+        def _give_profile(self, context: IExecutionContext) -> bool:
+            """Before TensorRT 10 no two contexts share a profile."""
+            others = [held for ref in self._holders if (held := ref()) is not None and held is not context]
+            if others and version.startswith("8."):
+                return False
+            self._holders.append(weakref.ref(context))
+            return True
 
         def create_engine_inspector(self) -> EngineInspector:
             return EngineInspector()
@@ -180,7 +217,8 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
             return trt.DataType.FLOAT
 
         def get_tensor_profile_shape(self, name: str, index: int) -> Any:
-            return [(1, 3, 2, 2), (1, 3, 2, 2), (2, 3, 2, 2)]
+            least, most = behaviour.get("batches", (1, 2))
+            return [(least, 3, 2, 2), (least, 3, 2, 2), (most, 3, 2, 2)]
 
     class Runtime(Strict):
         engine_host_code_allowed = False
@@ -198,7 +236,8 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
         enumeration("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH", "STRONGLY_TYPED"),
         enumeration("BuilderFlag", "FP16", "INT8", "TF32", "VERSION_COMPATIBLE"),
         enumeration("MemoryPoolType", "WORKSPACE"),
-        enumeration("ProfilingVerbosity", "DETAILED"),
+        enumeration("ProfilingVerbosity", "DETAILED", "NONE"),
+        enumeration("OnnxParserFlag", "NATIVE_INSTANCENORM"),
         enumeration("HardwareCompatibilityLevel", "NONE", "AMPERE_PLUS"),
         enumeration("LayerInformationFormat", "JSON"),
     )
@@ -207,6 +246,7 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
         for name in [name for name in vars(one) if not name.startswith("_") and name != "errors"]:
             if f"{one.__name__}.{name}" not in names and not (name == "NONE" or name == "WARNING"):
                 delattr(one, name)
-    if "HardwareCompatibilityLevel" not in names:
-        del trt.HardwareCompatibilityLevel
+    for name in ("HardwareCompatibilityLevel", "OnnxParserFlag"):
+        if name not in names:
+            delattr(trt, name)
     return trt

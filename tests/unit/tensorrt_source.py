@@ -1,4 +1,4 @@
-"""Which names of TensorRT the one file that touches it uses, read from its source."""
+"""Which names of TensorRT the files that touch it use, read from their source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import kdcompress
 
-SOURCE = Path(kdcompress.__file__).parent / "tensorrt_engine.py"
+FILES = [Path(kdcompress.__file__).parent / f"tensorrt_{part}.py" for part in ("module", "builder", "engine")]
 TABLE = Path(__file__).with_name("tensorrt_names.txt")
 
 CLASSES = {
@@ -16,6 +16,7 @@ CLASSES = {
     "parser": "OnnxParser",
     "config": "IBuilderConfig",
     "cache": "ITimingCache",
+    "kept": "ITimingCache",
     "profile": "IOptimizationProfile",
     "runtime": "Runtime",
     "engine": "ICudaEngine",
@@ -23,7 +24,7 @@ CLASSES = {
     "inspector": "EngineInspector",
     "kinds": "NetworkDefinitionCreationFlag",
 }
-"""What the variables of that file hold."""
+"""What the variables of those files hold."""
 RETURNED = {
     "get_input": "ITensor",
     "get_timing_cache": "ITimingCache",
@@ -34,7 +35,8 @@ RETURNED = {
 def names_used() -> set[str]:
     """Every name below `trt`, and every member of an object of TensorRT."""
     found = set()
-    for node in ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8"))):
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in FILES]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute):
             words = _chain(node)
             if words and words[0] in ("trt", "self._trt"):

@@ -11,8 +11,10 @@ import kdcompress
 FLOORS = (
     {"errors"},
     {"files", "types", "resizing", "cuda_driver", "tensorrt_layers", "ranks", "onnx_graph"},
-    {"recipe", "pictures", "global_batch", "tensorrt_engine", "channel_groups", "onnx_normalisation"},
+    {"recipe", "pictures", "global_batch", "tensorrt_module", "channel_groups", "onnx_normalisation"},
     {
+        "tensorrt_builder",
+        "tensorrt_engine",
         "losses",
         "taps",
         "execution",

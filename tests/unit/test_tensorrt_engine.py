@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kdcompress import cuda_driver, tensorrt_engine
-from kdcompress.tensorrt_engine import BuildOptions, Engine, EngineError, build_engine, describe_here, refusal
+from kdcompress import cuda_driver
+from kdcompress.tensorrt_builder import BuildOptions, build_engine
+from kdcompress.tensorrt_engine import Engine
 from kdcompress.tensorrt_layers import precision_shares
+from kdcompress.tensorrt_module import EngineError, describe_here, refusal, why_not_here
 from tests.unit.first_pixels import LAYERS
 from tests.unit.stand_in_tensorrt import CLASSES, make_tensorrt
 from tests.unit.tensorrt_source import names_used, read_table
@@ -20,7 +24,8 @@ GUARDED = {
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED",  # from 9 on
     *("BuilderFlag.VERSION_COMPATIBLE", "HardwareCompatibilityLevel", "HardwareCompatibilityLevel.AMPERE_PLUS"),
     *("IBuilderConfig.builder_optimization_level", "IBuilderConfig.hardware_compatibility_level"),  # from 8.6 on
-    "Runtime.engine_host_code_allowed",
+    *("Runtime.engine_host_code_allowed", "OnnxParser.set_flag"),
+    *("OnnxParserFlag", "OnnxParserFlag.NATIVE_INSTANCENORM"),  # after 8.6.0
 }
 """Names that some version lacks; the source asks before it uses one."""
 HERE = {"tensorrt": "10.3.0", "gpu": "Orin", "compute_capability": "8.7"}
@@ -59,7 +64,7 @@ def test_the_table_is_what_an_installed_module_says() -> None:
 def test_without_a_driver_nothing_touches_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver, "_LIBRARY", "libcuda-that-is-not-there.so.1")
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it would fail
-    assert "no NVIDIA driver" in (tensorrt_engine.why_not_here() or "")
+    assert "no NVIDIA driver" in (why_not_here() or "")
     for call in (describe_here, lambda: build_engine(b"", "fp32", BuildOptions()), lambda: Engine(b"", HERE)):
         with pytest.raises(EngineError, match="no NVIDIA driver"):
             call()
@@ -71,7 +76,7 @@ def test_a_driver_without_a_gpu_is_told_apart(
 ) -> None:
     monkeypatch.setattr(cuda_driver, "_LIBRARY", stand_in_driver)
     monkeypatch.setenv("STAND_IN_GPUS", gpus)
-    assert said in (tensorrt_engine.why_not_here() or "")
+    assert said in (why_not_here() or "")
 
 
 def test_a_gpu_without_tensorrt_gets_the_line_that_installs_it(
@@ -97,7 +102,9 @@ def test_a_gpu_is_described_and_its_memory_copies(stand_in_driver: str, monkeypa
     cuda.copy_out(back, address)
     cuda.synchronize()
     assert np.array_equal(array, back)
-    assert cuda.time_ms(lambda: None) == 1.5
+    elapsed, handed_over = cuda.time_ms(lambda: time.sleep(0.02))
+    assert elapsed == 1.5
+    assert handed_over >= 20
     with pytest.raises(cuda_driver.CudaMemoryError, match="out of memory"):
         cuda.allocate(2 * 10**9)
     cuda.free(address)
@@ -121,12 +128,13 @@ def test_one_way_builds_and_runs_in_every_version(
     engine = Engine(content, here)
     images = np.random.default_rng(0).random((5, 3, 2, 2), dtype=np.float32)
     assert np.array_equal(engine(images), images.reshape(5, -1)[:, :CLASSES]), "in calls of two"
-    assert engine.time_gpu(images[:1], 3) == [1.5] * 3
+    assert [elapsed for elapsed, _ in engine.time_gpu(images[:1], 3)] == [1.5] * 3
     shares = precision_shares(engine.layers(images[:1]), engine.layer_times(images[:1]))
     assert {name: (share["layers"], share["time_share"]) for name, share in shares.items()} == {
         "INT8": (1, 0.5),
         "FP32": (1, 0.5),
     }
+    assert np.array_equal(engine(images), images.reshape(5, -1)[:, :CLASSES]), "as before the layers were timed"
     with pytest.raises(EngineError, match="does not take images of shape"):
         engine(np.zeros((1, 3, 4, 4), np.float32))
 
@@ -146,6 +154,50 @@ def test_options_that_a_version_lacks_are_named(stand_in_driver: str, monkeypatc
         build_engine(b"graph", "fp32", option)
     assert trt.asked["flags"] == ["no TF32", "no TF32", "VERSION_COMPATIBLE", "no TF32"]
     assert trt.asked["config"].hardware_compatibility_level.name == "AMPERE_PLUS"
+    trt = stand_in(monkeypatch, stand_in_driver, "10.3.0")
+    build_engine(b"graph", "fp32", options[2])
+    assert trt.asked["flags"] == ["NATIVE_INSTANCENORM", "no TF32"]
+
+
+@pytest.mark.parametrize(
+    ("caches", "kept"), [("refused", b"cache"), ("damaged", b"cache"), ("none kept", b""), (None, b"cache")]
+)
+def test_a_timing_cache_that_does_not_fit_costs_nothing(
+    caches: str | None, kept: bytes, stand_in_driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = stand_in(monkeypatch, stand_in_driver, "10.3.0", caches=caches)
+    content, cache = build_engine(b"graph", "fp32", BuildOptions(), b"of another GPU")
+    assert (content, cache) == (b"engine of 10.3.0", kept)
+    assert trt.asked["cache"] == (b"" if caches in ("refused", "damaged") else b"of another GPU")
+
+
+def test_an_engine_for_many_images_takes_few(stand_in_driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, stand_in_driver, "10.3.0", batches=(4, 8))
+    engine = Engine(build_engine(b"graph", "fp32", BuildOptions(4, 4, 8))[0], describe_here())
+    images = np.random.default_rng(0).random((9, 3, 2, 2), dtype=np.float32)
+    for count in (1, 4, 9):
+        assert np.array_equal(engine(images[:count]), images[:count].reshape(count, -1)[:, :CLASSES])
+
+
+@pytest.mark.parametrize("said", ["", "{}", "{damaged", '{"Layers": []}'])
+def test_an_inspector_that_tells_nothing_of_a_context_is_asked_without(
+    said: str, stand_in_driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, stand_in_driver, "10.13.3.9", untold=said)
+    engine = Engine(build_engine(b"graph", "fp32", BuildOptions())[0], describe_here())
+    images = np.zeros((1, 3, 2, 2), np.float32)
+    assert [layer.name for layer in engine.layers(images)] == ["conv", "copy"]
+
+
+def test_a_module_that_does_not_load_says_why(
+    stand_in_driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libcudnn.so.8: cannot open\\nshared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", stand_in_driver)
+    with pytest.raises(EngineError, match=r"does not load: libcudnn\.so\.8: cannot open shared object file"):
+        describe_here()
 
 
 def test_what_tensorrt_says_is_passed_on(stand_in_driver: str, monkeypatch: pytest.MonkeyPatch) -> None:

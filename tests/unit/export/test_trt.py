@@ -16,7 +16,7 @@ from kdcompress.errors import InputError, RunError, VerificationError
 from kdcompress.export.trt import TARGET, TrtTarget
 from kdcompress.profiles import get_profile
 from kdcompress.runtimes import open_bundle
-from kdcompress.tensorrt_engine import BuildOptions
+from kdcompress.tensorrt_builder import BuildOptions
 from tests.unit.first_pixels import LAYERS, first_pixels
 from tests.unit.stand_in_tensorrt import make_tensorrt
 from tests.unit.tensorrt_source import read_table
