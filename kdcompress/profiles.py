@@ -87,6 +87,11 @@ class Profile:
     operators: tuple[str, ...]
     note: str = ""
 
+    @property
+    def version_parts(self) -> tuple[int, ...]:
+        """ "10.3" → (10, 3)."""
+        return tuple(map(int, self.version.split(".")))
+
     def reduces_range(self, instructions: frozenset[str]) -> bool:
         """Whether weights get 7 bits on a CPU with these instruction sets."""
         return self.reduce_range == "without-vnni" and not instructions & VNNI
@@ -223,6 +228,15 @@ def get_profile(name: str) -> Profile:
     if name not in PROFILES:
         raise InputError(unknown_name("profile", name, [*PROFILES, *ALIASES]), where="--for")
     return PROFILES[name]
+
+
+def tensorrt_profile(version: tuple[int, ...]) -> Profile:
+    """The one of TensorRT's own profiles that is nearest to a version of it: of the same major version where there is
+    one, and then not newer where there is one."""
+    own = [profile for name, profile in PROFILES.items() if name.startswith("trt")]
+    own = [profile for profile in own if profile.version_parts[0] == version[0]] or own
+    older = [profile for profile in own if profile.version_parts <= version]
+    return max(older, key=lambda profile: profile.version_parts) if older else min(own, key=lambda p: p.version_parts)
 
 
 def default_profile() -> Profile:

@@ -6,6 +6,7 @@ not there is left out. Nothing names the machine's owner.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -134,9 +135,10 @@ def peak_memory_mb(root: Path = ROOT) -> float | None:
 
 
 class Rails:
-    """The power of the board's INA3221 rails, sampled in the background between `start` and `stop`.
+    """The power of the board's rails, sampled in the background between `start` and `stop`.
 
-    Linux's hwmon gives mV and mA for each channel (JetPack 5 and later), JetPack 4's driver mW.
+    Of an INA3221 Linux's hwmon gives mV and mA for each channel (JetPack 5 and later), JetPack 4's driver mW; of an
+    INA238, which has the whole board's rail on Thor, µW.
     """
 
     def __init__(self, root: Path = ROOT) -> None:
@@ -151,11 +153,10 @@ class Rails:
     def read(self) -> dict[str, float]:
         """mW of each rail now."""
         found = {}
-        for name, files in self._channels:
+        for name, files, per_mw in self._channels:
             values = [_number(file) for file in files]
             if None not in values:
-                # mV × mA = µW; one file alone is mW already
-                found[name] = values[0] * values[1] / 1e3 if len(values) == 2 else values[0]
+                found[name] = math.prod(values) / per_mw
         return found
 
     def start(self) -> None:
@@ -184,12 +185,16 @@ class Rails:
 
 
 def _hwmon_channels(root: Path):
+    """The names of rails, the files whose product is their power, and how much of that is a mW."""
     for label in sorted(root.glob("sys/class/hwmon/hwmon*/in[1-3]_label")):
         if _text(label.parent / "name") == "ina3221":
             number = label.name[2]
-            yield _text(label), (label.parent / f"in{number}_input", label.parent / f"curr{number}_input")
+            yield _text(label), (label.parent / f"in{number}_input", label.parent / f"curr{number}_input"), 1e3
+    for power in sorted(root.glob("sys/class/hwmon/hwmon*/power1_input")):
+        if _text(power.parent / "name") == "ina238":
+            yield _text(power.parent / "label") or power.parent.name, (power,), 1e3
 
 
 def _iio_channels(root: Path):
     for label in sorted(root.glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_[0-2]")):
-        yield _text(label), (label.parent / f"in_power{label.name[-1]}_input",)
+        yield _text(label), (label.parent / f"in_power{label.name[-1]}_input",), 1.0

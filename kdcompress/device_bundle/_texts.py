@@ -9,10 +9,14 @@ from pathlib import Path
 from string import Template
 
 from kdcompress.bundle import Bundle, Precision
+from kdcompress.onnx_graph import opset_of
 from kdcompress.profiles import Profile
 
 _MAX_BATCH = 32
 _TIMING = " --useCudaGraph --useSpinWait --noDataTransfers"
+_CONTAINERS: Mapping[str, str] = {"trt8.5": "22.12", "trt8.6": "23.12", "trt10.3": "24.08", "trt10.13": "25.09"}
+"""Profile → the NGC image that comes with that TensorRT; there is none to name for the others."""
+_OPSET_OF_8 = 17
 _FLAGS_OF_8: Mapping[str, str] = {"fp32": "--noTF32", "fp16": "--noTF32 --fp16", "int8": "--noTF32 --fp16 --int8"}
 
 
@@ -32,7 +36,6 @@ def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle]
         "profile": profile.name,
         "device": profile.device,
         "precisions": ", ".join(flavours),
-        "best": list(flavours)[-1],
         "classes": str(first.num_classes),
         "dims": ", ".join(map(str, _shape(first))),
         "type": "8 bits, 0 to 255" if first.interface.input == "uint8-nhwc" else "float32 in [0, 1]",
@@ -40,8 +43,10 @@ def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle]
         "scaling": "leave 0 to 255" if first.interface.input == "uint8-nhwc" else "divide by 255",
         "batch": str(first.interface.batch or "batch"),
         "output": first.interface.output,
-        **_triton_fields(first),
+        **_triton_fields(flavours, profile),
         "target": _target(profile),
+        "container": f"BASE=nvcr.io/nvidia/tensorrt:{tag}-py3" if (tag := _CONTAINERS.get(profile.name)) else "BASE",
+        "version": profile.version if profile.runtime == "tensorrt" else "your choice",
     }
 
     def fill(source: Path, destination: Path) -> None:
@@ -54,7 +59,8 @@ def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle]
     for file in sorted((deploy / "targets").glob("*.md")):
         shutil.copyfile(file, folder / "targets" / file.name)
     for file in sorted(deploy.glob("Dockerfile.*")):
-        shutil.copyfile(file, folder / file.name)
+        text = Template(file.read_text(encoding="utf-8")).safe_substitute(fields)  # Docker's own variables stay
+        (folder / file.name).write_text(text, encoding="utf-8")
     fill(deploy / "triton" / "config.pbtxt", folder / "triton" / name / "config.pbtxt")
     fill(deploy / "triton" / "README.md", folder / "triton" / "README.md")
     shutil.copyfile(folder / "labels.txt", folder / "triton" / name / "labels.txt")
@@ -67,11 +73,16 @@ def _shape(bundle: Bundle) -> tuple[int, int, int]:
     return (height, width, channels) if bundle.interface.input == "uint8-nhwc" else (channels, height, width)
 
 
-def _triton_fields(bundle: Bundle) -> dict[str, str]:
-    """Triton counts the batch among the dimensions where it is fixed."""
+def _triton_fields(flavours: Mapping[Precision, Bundle], profile: Profile) -> dict[str, str]:
+    """Triton counts the batch among the dimensions where it is fixed. Its ONNX Runtime computes INT8 on a CPU only."""
+    bundle = next(iter(flavours.values()))
     fixed = bundle.interface.batch
     first = [str(fixed)] if fixed else []
+    on_cpu = profile.runtime != "tensorrt"
     return {
+        "best": list(flavours)[-1] if on_cpu else next(name for name in ("fp16", "fp32", "int8") if name in flavours),
+        "triton_gpus": "" if on_cpu else "--gpus all ",
+        "triton_group": "instance_group [ { kind: KIND_CPU } ]" if on_cpu else "instance_group [ { kind: KIND_GPU } ]",
         "triton_type": "TYPE_UINT8" if bundle.interface.input == "uint8-nhwc" else "TYPE_FP32",
         "triton_dims": ", ".join([*first, *map(str, _shape(bundle))]),
         "triton_classes": ", ".join([*first, str(bundle.num_classes)]),
@@ -85,6 +96,12 @@ def _target(profile: Profile) -> str:
     if profile.runtime == "tensorrt":
         return "x86-gpu"
     return "arm-cpu" if profile.name == "ort-arm" else "x86-cpu"
+
+
+def _opset(bundle: Bundle) -> int:
+    import onnx
+
+    return opset_of(onnx.load(str(bundle.model_path), load_external_data=False))
 
 
 def trtexec_lines(flavours: Mapping[Precision, Bundle], profile: Profile) -> str:
@@ -118,8 +135,13 @@ def trtexec_lines(flavours: Mapping[Precision, Bundle], profile: Profile) -> str
         ("TensorRT 10", dict.fromkeys(flavours, "--noTF32 --stronglyTyped"), _TIMING),
         ("TensorRT 11", dict.fromkeys(flavours, "--noTF32"), ""),  # there _TIMING is the default
     ):
+        read = [
+            name for name in flavours if not title.startswith("TensorRT 8") or _opset(flavours[name]) <= _OPSET_OF_8
+        ]
+        if not read:
+            continue
         lines += ["", f"## {title}", "```"]
-        for precision in flavours:
+        for precision in read:
             head = f"trtexec --onnx=models/{precision}.onnx --saveEngine={precision}.engine{built} {flags[precision]}"
             lines.append(f"{head} --profilingVerbosity=detailed --dumpLayerInfo")
             head = f"trtexec --loadEngine={precision}.engine{timed}{timing}"

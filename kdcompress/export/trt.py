@@ -72,7 +72,7 @@ class TrtTarget:
             few = np.resize(few, (options.opt_batch, *few.shape[1:]))  # the same ones again where they do not suffice
             shares = precision_shares(engine.layers(few), engine.layer_times(few))
             difference = _difference(bundle, engine, images)
-        if self.timing_cache is not None:
+        if self.timing_cache is not None and cache:
             with atomic_write(self.timing_cache) as handle:
                 handle.write(cache)
         lacking = missing_precision(bundle.precision, shares)

@@ -29,6 +29,12 @@ _NOT_IN_TENSORRT = frozenset(
     )
 )
 """By the list of operators of TensorRT 10.15's ONNX parser."""
+_IN_TENSORRT_SINCE = {
+    **dict.fromkeys(("GroupNormalization", "IsInf", "LayerNormalization"), (8, 6)),
+    **{"Hardmax": (9, 2), "DeformConv": (10, 1), "STFT": (10, 5)},
+    **dict.fromkeys(("BlackmanWindow", "HammingWindow", "HannWindow"), (10, 4)),
+}
+"""By the same parser's change log, from 8.5 on."""
 
 
 @rule("error")
@@ -88,6 +94,9 @@ def unsupported_operator(graph: Graph, profile: Profile) -> Iterator[Place]:
             yield name_of(node), f"operator of the domain {node.domain}"
         elif profile.runtime == "tensorrt" and node.op_type in _NOT_IN_TENSORRT:
             yield name_of(node), "not in TensorRT"
+        elif profile.runtime == "tensorrt" and profile.version_parts < _IN_TENSORRT_SINCE.get(node.op_type, (0,)):
+            since = ".".join(map(str, _IN_TENSORRT_SINCE[node.op_type]))
+            yield name_of(node), f"in TensorRT since {since}, the profile is of {profile.version}"
 
 
 @rule("warning")

@@ -16,11 +16,11 @@ from kdcompress.files import require_empty, scratch_folder
 from kdcompress.pipeline._source import VERIFIED_IMAGES, Source, choose_profile, find_images, find_source
 from kdcompress.pipeline._verdict import half_precision
 from kdcompress.pipeline.base import console
-from kdcompress.profiles import Profile
+from kdcompress.profiles import Profile, tensorrt_profile
 from kdcompress.report import read_report
 from kdcompress.report.base import REPORT_FILE, AccuracyPart
 from kdcompress.tensorrt_builder import BuildOptions
-from kdcompress.tensorrt_module import why_not_here
+from kdcompress.tensorrt_module import describe_here, version_of, why_not_here
 
 
 def export_engine(
@@ -37,7 +37,7 @@ def export_engine(
 
     Args:
         source: a run or a bundle; by default the newest run.
-        profile: by default that of the newest TensorRT.
+        profile: by default that of the TensorRT that is here; where there is none, of the newest.
         data: images to compare on, where no run says which.
         out: the folder to make; by default beside the source.
         options: how the engine is built.
@@ -51,11 +51,17 @@ def export_engine(
         RunError: no engine can be built, and one is required.
         VerificationError: the engine is not in the precision asked for, or does not answer as its source does.
     """
-    chosen = "trt" if profile == "auto" else profile
+    reason = why_not_here()
+    here = describe_here()["tensorrt"] if reason is None else ""
+    usual = tensorrt_profile(version_of(here)).name if here else "trt"
+    chosen = usual if profile == "auto" else profile
     if (asked := choose_profile(chosen)).runtime != "tensorrt":
         what = f"{asked.name} is for {asked.runtime}, not for TensorRT"
         raise InputError(what, where="--for", fix="kdcompress ls profiles; export --device for other runtimes")
-    reason = why_not_here()
+    mine = version_of(here)
+    if here and asked.name != usual and (asked.version_parts > mine or asked.version_parts[0] != mine[0]):
+        what = f"{asked.name} is for TensorRT {asked.version}, here is {here}"
+        raise InputError(what, where="--for", fix=f"leave it out, or --for {usual}")
     if reason is not None and require_engine:
         fix = "run it on a machine with the GPU that the engine is for, or leave --require-engine out"
         raise RunError(f"no TensorRT engine can be built here: {reason}", where="--require-engine", fix=fix)

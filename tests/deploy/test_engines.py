@@ -60,6 +60,48 @@ def test_engines_are_built_kept_and_built_again(
     assert "building" in capsys.readouterr().out, "for another TensorRT"
 
 
+def test_an_engine_that_no_longer_opens_is_built_again(
+    bundle: Path, stand_in_driver: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = stand_in(monkeypatch, bundle, stand_in_driver, "10.3.0")
+    assert runner.main(["check"]) == 0
+    (bundle / "engines" / "int8.engine").write_bytes(b"half of an eng")
+    capsys.readouterr()
+    assert runner.main(["check"]) == 0
+    assert "building the int8 engine" in capsys.readouterr().out
+    assert (bundle / "engines" / "int8.engine").read_bytes() == b"engine of 10.3.0"
+
+
+def test_engines_for_many_images_are_checked_and_the_sizes_to_measure_are_held_against_them(
+    bundle: Path, stand_in_driver: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = stand_in(monkeypatch, bundle, stand_in_driver, "10.3.0", batches=(4, 8))
+    assert runner.main(["check", "--batch", "4,4,8"]) == 0
+    assert runner.main(["build", "--batch", "4,4,8"]) == 0
+    capsys.readouterr()
+    assert runner.main(["measure", "--batch", "4,4,8", "--batch-sizes", "1,8", "--engines", str(bundle / "new")]) == 2
+    said = capsys.readouterr()
+    assert "1 to 8 images, the engines take 4 to 8" in said.err
+    assert "building" not in said.out, "before minutes went into it"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_gpu_that_waits_for_the_cpu_is_told(told: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = importlib.import_module("runner.commands")
+    steady = {"p99": 2.0, "cv": 0.0, "n": 1000}
+    extras = {"call_ms": {"p50": 2.0, **steady}, "gpu_ms": {"p50": 1.0}, "enqueue_ms": {"p50": 0.9 if told else 0.3}}
+    commands._tell({"models": [{"precision": "int8", "batch_size": 1, "extras": extras}]})
+    assert ("the GPU waits for the CPU" in capsys.readouterr().out) is told
+
+
+def test_an_inspector_that_tells_nothing_is_no_failure(
+    bundle: Path, stand_in_driver: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = stand_in(monkeypatch, bundle, stand_in_driver, "10.13.3.9", untold="", layers="{}")
+    assert runner.main(["check"]) == 0
+    assert "tells nothing of this engine's layers" in capsys.readouterr().out
+
+
 def test_memory_that_does_not_suffice_is_one_line(
     bundle: Path,
     stand_in_driver: str,
@@ -101,6 +143,9 @@ def test_rails_clocks_and_memory_are_read_where_the_board_shows_them(
         "sys/class/hwmon/hwmon1/in1_label": "VDD_IN",
         "sys/class/hwmon/hwmon1/in1_input": "5000",
         "sys/class/hwmon/hwmon1/curr1_input": "1200",
+        "sys/class/hwmon/hwmon3/name": "ina238",
+        "sys/class/hwmon/hwmon3/label": "VIN",
+        "sys/class/hwmon/hwmon3/power1_input": "9250000",
         "sys/class/hwmon/hwmon2/name": "something else",
         "sys/class/hwmon/hwmon2/in1_label": "NOT_THIS",
         "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0/rail_name_0": "POM_5V_IN",
@@ -117,8 +162,8 @@ def test_rails_clocks_and_memory_are_read_where_the_board_shows_them(
     root = tmp_path / "root"
     rails = board.Rails(root)
     assert rails
-    assert rails.read() == {"VDD_IN": 6000.0, "POM_5V_IN": 2300.0}, "5 V × 1.2 A = 6 W; mW as they are"
-    assert rails.idle(0.2) == {"VDD_IN": 6000.0, "POM_5V_IN": 2300.0}
+    assert rails.read() == {"VDD_IN": 6000.0, "VIN": 9250.0, "POM_5V_IN": 2300.0}, "5 V × 1.2 A; µW; mW"
+    assert rails.idle(0.2) == {"VDD_IN": 6000.0, "VIN": 9250.0, "POM_5V_IN": 2300.0}
     machine = board.describe_machine(root)
     assert (machine["board"], machine["memory_mb"]) == ("NVIDIA Jetson Orin Nano", 8192.0)
     assert machine["jetson_linux"] == "R36 (release), REVISION: 4.3"

@@ -33,6 +33,7 @@ ALLOWED = {
         "collections",
         "ctypes",
         "dataclasses",
+        "math",
         "hashlib",
         "importlib",
         "json",

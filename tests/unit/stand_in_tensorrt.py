@@ -180,7 +180,7 @@ def make_tensorrt(version: str, names: set[str], **behaviour: Any) -> types.Modu
             (output,) = (address for name, address in self._addresses.items() if name != "images")
             ctypes.memmove(output, logits.ctypes.data, logits.nbytes)
             if self.profiler is not None:
-                for layer in json.loads(behaviour["layers"])["Layers"]:
+                for layer in json.loads(behaviour["layers"]).get("Layers", []):
                     self.profiler.report_layer_time(layer["Name"], 0.25)
             return True
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from kdcompress.errors import InputError
-from kdcompress.profiles import ALIASES, PROFILES, default_profile, get_profile, instruction_sets, parse_cpuinfo
+from kdcompress.profiles import (
+    ALIASES,
+    PROFILES,
+    default_profile,
+    get_profile,
+    instruction_sets,
+    parse_cpuinfo,
+    tensorrt_profile,
+)
 
 
 def test_an_unknown_profile_names_the_nearest() -> None:
@@ -16,6 +24,17 @@ def test_an_alias_is_the_newest_of_its_kind() -> None:
     assert set(ALIASES) & set(PROFILES) == set()
     newest = max((p for p in PROFILES.values() if p.name.startswith("trt")), key=lambda p: numbers(p.version))
     assert get_profile("trt") is newest
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        *(("8.4.1", "trt8.5"), ("8.5.3", "trt8.5"), ("8.6.1", "trt8.6"), ("9.2", "trt8.6"), ("10.0.1", "trt10.3")),
+        *(("10.3.0", "trt10.3"), ("10.12", "trt10.3"), ("10.16.1", "trt10.13"), ("11.4", "trt11"), ("12.1", "trt11")),
+    ],
+)
+def test_the_profile_for_a_version_of_tensorrt(version: str, name: str) -> None:
+    assert tensorrt_profile(numbers(version)).name == name
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -19,6 +20,8 @@ from kdcompress.device_bundle._texts import trtexec_lines
 from kdcompress.errors import InputError, OutputError
 from kdcompress.export import change_interface
 from kdcompress.profiles import PROFILES, get_profile
+from kdcompress.quantize.base import Scheme
+from kdcompress.quantize.int8 import Int8Source
 from kdcompress.report.base import AccuracyPart
 from tests.unit.deployed import digits, onnx_bundle, student_bundle
 
@@ -100,6 +103,15 @@ def test_the_texts_fit_the_profile_and_have_no_gaps(profile: str, tmp_path: Path
     assert "dims: [ 10 ]" in config
     for text in (readme, config):
         assert "$" not in text
+    runtime, container = get_profile(profile).runtime, (folder / "Dockerfile.tensorrt").read_text(encoding="utf-8")
+    base = next(line for line in container.splitlines() if line.startswith("ARG "))
+    named = {"trt8.5": "22.12", "trt8.6": "23.12", "trt10.3": "24.08", "trt10.13": "25.09"}.get(profile)
+    assert base == (f"ARG BASE=nvcr.io/nvidia/tensorrt:{named}-py3" if named else "ARG BASE")
+    assert "FROM ${BASE}\n" in container
+    assert '-v "$PWD/engines' in container
+    assert f"KIND_{'GPU' if runtime == 'tensorrt' else 'CPU'}" in config
+    served = (folder / "triton" / "README.md").read_text(encoding="utf-8")
+    assert ("--gpus all -p 8000" in served) is (runtime == "tensorrt")
     lines = (folder / "trtexec.md").read_text(encoding="utf-8").split("## ")
     assert [part.splitlines()[0] for part in lines[1:]] == ["TensorRT 8.5, 8.6", "TensorRT 10", "TensorRT 11"]
     assert "--stronglyTyped" in lines[2]
@@ -131,6 +143,28 @@ def test_an_int8_file_for_another_runtime_is_not_given_to_trtexec(profile: str, 
     assert "--onnx=models/fp32.onnx" in text
     assert ("--onnx=models/int8.onnx" in text) is taken
     assert ("TensorRT refuses it" in text) is not taken
+
+
+def test_triton_is_given_int8_on_a_cpu_only(tmp_path: Path) -> None:
+    profile = get_profile("ort-x86")
+    int8 = Int8Source(onnx_bundle(), digits()[0][:50], profile=profile).write(Scheme(), tmp_path / "int8")
+    flavours: dict[Precision, Bundle] = {"fp32": onnx_bundle(), "int8": int8}
+    for name, best in (("ort-x86", "int8"), ("trt10.3", "fp32")):
+        folder = write_device_bundle(tmp_path / name, flavours, profile=get_profile(name), card=Card())
+        assert f"cp models/{best}.onnx" in (folder / "triton" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_model_of_a_later_opset_has_no_lines_for_tensorrt_8(tmp_path: Path) -> None:
+    model = onnx.load(str(onnx_bundle().model_path))
+    model.opset_import[0].version = 19
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    later = dataclasses.replace(onnx_bundle(), path=tmp_path)
+    assert later.model_path == tmp_path / "model.onnx"
+    both = trtexec_lines({"fp32": onnx_bundle(), "fp16": later}, PROFILE).split("## ")
+    assert "fp32.onnx" in both[1]
+    assert "fp16.onnx" not in both[1]
+    assert "fp16.onnx" in both[2]
+    assert "TensorRT 8" not in trtexec_lines({"fp16": later}, PROFILE)
 
 
 def test_only_onnx_bundles_of_one_student_belong_into_one_folder(tmp_path: Path) -> None:

@@ -430,6 +430,17 @@ def test_rules_look_into_branches() -> None:
     assert (error.rule, error.what) == ("not-finite", "1 of 36 values")
 
 
+@pytest.mark.parametrize(("profile", "found"), [("trt8.5", 1), ("trt8.6", 0), ("jetson-orin", 0), ("ort-x86", 0)])
+def test_an_operator_that_came_later_is_unsupported_before(profile: str, found: int) -> None:
+    model = graph("fp32")
+    relu = node_of(model, "Relu")
+    relu.op_type = "LayerNormalization"
+    set_constant(model, "gain", np.ones(1, np.float32))
+    relu.input.append("gain")
+    said = [one.what for one in findings(model, profile) if one.rule == "unsupported-operator"]
+    assert said == ["in TensorRT since 8.6, the profile is of 8.5"] * found
+
+
 def test_a_side_file_is_found(tmp_path: Path) -> None:
     onnx.save(graph("fp32"), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     found = [one for one in lint(tmp_path / "m.onnx", get_profile("trt")) if one.rule == "side-data-file"]
