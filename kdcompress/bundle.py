@@ -153,6 +153,12 @@ class Bundle:
     interface: Interface = PLAIN
 
     @property
+    def root(self) -> str:
+        """The digest of the bundle that all of its kin were made from; its own if it was made from none."""
+        sources = [step["source"] for step in self.provenance if "source" in step]
+        return self.digest if self.kind == "torch" or not sources else str(sources[0])
+
+    @property
     def model_path(self) -> Path:
         """The model file."""
         return self.path / self.file
@@ -264,14 +270,14 @@ def write_bundle(
         write_model: writes the model file at the path it is given; what it raises leaves nothing behind.
         kind: see `Bundle`, as for the arguments not named here.
         training_digests: sorted digests of the images the model was trained on; kept beside the model.
-        replace: take the place of an existing folder; otherwise only an empty one.
+        replace: take the place of an existing bundle; otherwise only of an empty folder.
 
     Raises:
         OutputError: the place is taken or cannot be written to.
         RunError: the disk is full.
     """
     file = MODEL_FILES[kind]
-    with atomic_folder(path, replace=replace) as folder:
+    with atomic_folder(path, replace=BUNDLE_FILE if replace else None) as folder:
         write_model(folder / file)
         bundle = Bundle(
             path=path,

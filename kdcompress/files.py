@@ -59,19 +59,18 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: str | None = None) -> Iterator[Path]:
     """Gives a temporary folder beside `path`; it becomes `path` only when the block ends without an error.
 
     Args:
         path: the folder to make.
-        replace: take the place of an existing folder; otherwise only an empty one.
+        replace: take the place of an existing folder that holds a file of this name; else only of an empty one.
 
     Raises:
-        OutputError: `path` exists and is not empty (without `replace`), or cannot be written to.
+        OutputError: `path` exists and may not be replaced, or cannot be written to.
         RunError: the disk is full.
     """
-    if not replace:
-        require_empty(path)
+    require_replaceable(path, replace)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -109,6 +108,16 @@ def scratch_folder() -> Iterator[Path]:
                 gone.sub("", text).strip() for text in (error.what, error.where, error.fix)
             )
             raise
+
+
+def require_replaceable(path: Path, marker: str | None) -> None:
+    """Refuses a folder that is not ours to replace: one that holds something, and no file of the name `marker`.
+
+    Raises:
+        OutputError: as `require_empty` says.
+    """
+    if marker is None or not (path / marker).is_file():
+        require_empty(path)
 
 
 def require_empty(path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -298,36 +298,6 @@ def _pair_behind(
     return (quantize, dequantize) if alone and quantize.input[0] in producers else None
 
 
-def lower_opset(model: ModelProto, opset: int) -> bool:
-    """Declares an older opset where every node means the same in it; answers whether it did.
-
-    A node means the same if its operator did not change in between, or uses none of what was added (`_UNCHANGED`).
-    """
-    from onnx import defs
-
-    current = next(entry for entry in model.opset_import if not entry.domain)
-    for node in model.graph.node:
-        if node.domain:
-            return False
-        new = defs.get_schema(node.op_type, current.version).since_version
-        try:
-            old = defs.get_schema(node.op_type, opset).since_version
-        except defs.SchemaError:
-            return False
-        if old != new and not _UNCHANGED.get((node.op_type, old, new), _never)(node):
-            return False
-    current.version = opset
-    model.ir_version = IR_VERSION
-    return True
-
-
-def raise_opset(model: ModelProto, opset: int) -> ModelProto:
-    """The model in a newer opset, by ONNX's own converter; itself where it is as new already."""
-    from onnx import version_converter
-
-    return model if opset_of(model) >= opset else version_converter.convert_version(model, opset)
-
-
 def opset_of(model: ModelProto) -> int:
     """The opset of ONNX's own operators that a model declares; 0 where it declares none."""
     versions: list[int] = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
@@ -371,17 +341,6 @@ def half_places(node: NodeProto, opset: int, types: Mapping[str, int]) -> tuple[
     inputs, outputs = places(node.input, schema.inputs), places(node.output, schema.outputs)
     by_attribute = node.op_type == "Cast" or (node.op_type == "Constant" and _attribute_names(node) == {"value"})
     return (inputs, outputs) if inputs or by_attribute else ((), ())
-
-
-def _never(node: NodeProto) -> bool:  # noqa: ARG001
-    return False
-
-
-_UNCHANGED: Mapping[tuple[str, int, int], Callable[[NodeProto], bool]] = {
-    ("Pad", 13, 18): lambda node: len(node.input) <= 3,  # 18 added the input `axes` and the mode "wrap"
-    ("Split", 13, 18): lambda node: len(node.input) == 2,  # 18 added `num_outputs` in place of the sizes
-    ("Resize", 13, 18): lambda node: not {"antialias", "axes", "keep_aspect_ratio_policy"} & _attribute_names(node),
-}
 
 
 def _attribute_names(node: NodeProto) -> set[str]:

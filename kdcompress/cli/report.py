@@ -68,6 +68,11 @@ def command(
     from kdcompress.report import COMPARISON_FILE
 
     if source is not None and data is not None and (source / BUNDLE_FILE).is_file():
+        if holdout is not None:
+            from kdcompress.errors import InputError
+
+            what = "a bundle is judged on the test images of --data"
+            raise InputError(what, where="--holdout", fix="name the held-out images as --data")
         report_bundles(source, data=data, batch_sizes=batch_sizes, threads=threads, restarts=restarts, out=out)
         return
 

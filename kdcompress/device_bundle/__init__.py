@@ -95,7 +95,7 @@ def write_device_bundle(
         same = all(getattr(bundle, name) == getattr(first, name) for name in ("classes", "preprocess", "interface"))
         if bundle.kind != "onnx" or not same:
             raise InputError("not an ONNX bundle of the same student", where=str(bundle.path))
-    with atomic_folder(out, replace=replace) as folder:
+    with atomic_folder(out, replace=MANIFEST if replace else None) as folder:
         (folder / "models").mkdir()
         for precision, bundle in flavours.items():
             shutil.copyfile(bundle.model_path, folder / "models" / f"{precision}.onnx")

@@ -1,4 +1,4 @@
-"""An ONNX bundle with another interface: camera layout, probabilities, a fixed batch size."""
+"""An ONNX bundle with another interface: camera layout, probabilities, a fixed batch size; or of another opset."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdcompress import onnx_graph, onnx_interface
+from kdcompress import onnx_graph, onnx_interface, onnx_opset
 from kdcompress.bundle import PLAIN, Bundle, Interface, fit_images, model_metadata, provenance_step, write_bundle
 from kdcompress.errors import InputError, ShapeError, VerificationError
 from kdcompress.onnx_file import one_line, read_onnx
@@ -19,20 +19,27 @@ _TOLERANCE = 1e-4
 
 
 def change_interface(
-    bundle: Bundle, out: Path, interface: Interface, *, images: Images, replace: bool = False
+    bundle: Bundle,
+    out: Path,
+    interface: Interface,
+    *,
+    images: Images,
+    replace: bool = False,
+    opset: int | None = None,
 ) -> Bundle:
     """Writes an ONNX bundle with another interface, checked on real images against the one that it comes from.
 
     Args:
         bundle: an ONNX bundle that takes float NCHW and gives logits; a batch size that it is fixed to stays.
         out: the folder to make.
-        interface: how the new file is to be spoken to.
+        interface: how the new file is to be spoken to; `PLAIN` changes nothing of any bundle.
         images: real images in [0, 1]; taken as 8-bit values.
-        replace: take the place of an existing folder.
+        replace: take the place of an existing bundle.
+        opset: of the new file; by default that of the old one.
 
     Raises:
         InputError: the bundle is no ONNX bundle, or its interface is not the default, but for the batch size.
-        VerificationError: the new file does not answer as the old one does.
+        VerificationError: the new file does not answer as the old one does, or has no such opset.
     """
     import onnx
 
@@ -40,16 +47,26 @@ def change_interface(
         raise InputError(f"a {bundle.kind} bundle has no such interface", where=str(bundle.path))
     fixed = bundle.interface.batch
     wanted = interface.batch or fixed
-    if dataclasses.replace(bundle.interface, batch=None) != PLAIN or fixed not in (None, wanted):
+    changed = interface != PLAIN
+    if changed and (dataclasses.replace(bundle.interface, batch=None) != PLAIN or fixed not in (None, wanted)):
         what = f"this file is {bundle.interface.changes[1:]} already"
         raise InputError(what, where=str(bundle.path), fix="start from the plain one")
     if len(images) == 0:
         raise ShapeError("no images to compare on")
-    interface = dataclasses.replace(interface, batch=wanted)
+    interface = dataclasses.replace(interface, batch=wanted) if changed else bundle.interface
     model = read_onnx(bundle.model_path)
-    step = provenance_step("change-interface", bundle, **dataclasses.asdict(interface))
+    if opset is not None:
+        try:
+            model = onnx_opset.at_opset(model, opset)
+        except Exception as error:  # the converter has kinds of its own
+            what = f"this graph cannot be written in opset {opset}: {one_line(error)}"
+            raise VerificationError(what, where=str(bundle.path)) from error
+    step = provenance_step(
+        "change-interface", bundle, **dataclasses.asdict(interface), opset=onnx_graph.opset_of(model)
+    )
     provenance = (*bundle.provenance, step)
-    onnx_interface.set_interface(model, interface)
+    if changed:
+        onnx_interface.set_interface(model, interface)
     onnx_graph.set_metadata(model, model_metadata(dataclasses.replace(bundle, interface=interface), provenance))
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcompress import onnx_graph
+from kdcompress import onnx_graph, onnx_opset
 from kdcompress.bundle import Bundle, Kind, model_metadata, provenance_step, write_bundle
 from kdcompress.errors import InputError, RunError, ShapeError, VerificationError
 from kdcompress.networks import load_student
@@ -96,7 +96,7 @@ def write_onnx(
     onnx_graph.drop_unused_initializers(model)
     onnx_graph.strip_traces(model)
     for older in range(opset, onnx_graph.opset_of(model)):
-        if onnx_graph.lower_opset(model, older):
+        if onnx_opset.lower_opset(model, older):
             break
     model.producer_name, model.producer_version = "kdcompress", ""
     onnx_graph.set_metadata(model, metadata)

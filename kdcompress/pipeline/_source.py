@@ -8,6 +8,7 @@ from pathlib import Path
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.data import Splits, load_splits, unit_interval
 from kdcompress.errors import InputError, ShapeError
+from kdcompress.lint import lint
 from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits, require_classes
 from kdcompress.profiles import Profile, default_profile, get_profile
 from kdcompress.types import Images
@@ -76,6 +77,18 @@ def find_images(source: Source, data: str | None) -> Images:
 def calibration_images(splits: Splits) -> Images:
     """Training images, as many of each class as there are, always the same ones."""
     return unit_interval(splits.calibration.images.load(splits.calibration.ids))
+
+
+def warn_of_findings(path: Path, profile: Profile) -> None:
+    """Says what a runtime that is not here would refuse in an ONNX file that was made for it, by the linter."""
+    if profile.runtime == "onnxruntime":
+        return
+    errors = [finding for finding in lint(path, profile) if finding.severity == "error"]
+    if errors:
+        first, more = errors[0], f", and {len(errors) - 1} more" if len(errors) > 1 else ""
+        said = f"{first.rule}: {' '.join((first.where, first.what)).strip()}{more}"
+        console().print(f"warning: {profile.name} does not take {path}: {said}")
+        console().print(f"kdcompress lint {path} --for {profile.name} says what to do")
 
 
 def choose_profile(name: str) -> Profile:

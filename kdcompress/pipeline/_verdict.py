@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcompress.bundle import Bundle, read_bundle
+from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
 from kdcompress.errors import GateError, InputError, KdcompressError
 from kdcompress.files import atomic_folder
 from kdcompress.gate import LEAST_RESTARTS, Verdict, judge, write_verdict
@@ -150,7 +150,7 @@ def keep(
     if verdict.answer == "fail" and not force:
         fix = f"nothing was kept; {again} keeps it all the same"
         raise GateError(f"INT8 fails the gate. {verdict.failures[0]}", where=str(out), fix=fix)
-    with atomic_folder(out, replace=replace) as place:
+    with atomic_folder(out, replace=BUNDLE_FILE if replace else None) as place:
         for file in made.path.iterdir():  # not copytree: its error is a list, from which a full disk cannot be told
             shutil.copyfile(file, place / file.name)
         write_verdict(place, verdict, made.digest, evidence)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from kdcompress.bundle import PLAIN, Bundle, Interface
+from kdcompress.bundle import BUNDLE_FILE, PLAIN, Bundle, Interface
 from kdcompress.errors import InputError
 from kdcompress.export import change_interface, find_target, walk
-from kdcompress.files import require_empty, scratch_folder
-from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile, find_images, find_source
+from kdcompress.files import require_empty, require_replaceable, scratch_folder
+from kdcompress.onnx_file import read_onnx
+from kdcompress.onnx_graph import opset_of
+from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile, find_images, find_source, warn_of_findings
 from kdcompress.pipeline.base import console
 from kdcompress.quantize.fp16 import Fp16Quantizer
 
@@ -27,13 +29,14 @@ def export(
     """Writes a student in another format, beside it unless `out` says where.
 
     Args:
-        source: a run or a bundle; by default the newest run. Of an ONNX bundle another interface can be written.
+        source: a run or a bundle; by default the newest run. An ONNX bundle can be written with another interface or of
+            another opset.
         target: the format.
         profile: what it is for.
         data: where the images to compare on come from, if not from the run.
         out: the bundle to write.
         interface: how an ONNX file is to be spoken to.
-        opset: of an ONNX file; by default the profile's.
+        opset: of an ONNX file; by default the profile's, of an ONNX bundle its own as far as the profile reads it.
 
     Raises:
         InputError: there is nothing to export, or no way to the target.
@@ -42,27 +45,32 @@ def export(
     if out is not None:
         require_empty(out)
     start, chosen = find_source(source), choose_profile(profile)
-    usual = chosen.opset
+    if opset is not None and opset > chosen.newest_opset:
+        raise InputError(f"{chosen.name} reads opsets up to {chosen.newest_opset}, not {opset}", where="--opset")
+    bundle = start.bundle
+    is_onnx = bundle.kind == "onnx"
+    usual = opset_of(read_onnx(bundle.model_path)) if is_onnx else chosen.opset
+    wanted = opset or min(usual, chosen.newest_opset)
     if opset is not None:
-        if start.bundle.kind == "onnx":
-            raise InputError("the opset of an ONNX bundle stays as it is", where="--opset", fix="export the student")
-        if opset > chosen.newest_opset:
-            raise InputError(f"{chosen.name} reads opsets up to {chosen.newest_opset}, not {opset}", where="--opset")
         chosen = replace(chosen, opset=opset, newest_opset=opset)
-    images = find_images(start, data)[:VERIFIED_IMAGES]
-    plain = f"{find_target(target).makes}-{start.bundle.precision}"
-    name = start.bundle.path.name if start.bundle.kind == "onnx" else plain
-    older = f"-opset{opset}" if opset not in (None, usual) else ""
+    plain = f"{find_target(target).makes}-{bundle.precision}"
+    name = bundle.path.name if is_onnx else plain
+    older = f"-opset{wanted}" if wanted != usual else ""
     folder = out or start.folder / f"{name}{older}{interface.changes}"
+    if folder == bundle.path:
+        console().print(f"{bundle.path} · ONNX already, of opset {usual}, which {chosen.name} reads")
+        return bundle
+    require_replaceable(folder, BUNDLE_FILE if out is None else None)
+    images = find_images(start, data)[:VERIFIED_IMAGES]
     with scratch_folder() as scratch:
-        bundle = start.bundle
-        if not interface.changes:
-            bundle = walk(bundle, target, folder, profile=chosen, images=images, replace=out is None)
-        else:
-            if bundle.kind != "onnx":
-                bundle = walk(bundle, target, scratch / plain, profile=chosen, images=images)
-            bundle = change_interface(bundle, folder, interface, images=images, replace=out is None)
+        if not is_onnx:
+            place = scratch / plain if interface.changes else folder
+            bundle = walk(bundle, target, place, profile=chosen, images=images, replace=out is None)
+        if is_onnx or interface.changes:
+            opset = wanted if is_onnx else None
+            bundle = change_interface(bundle, folder, interface, images=images, replace=out is None, opset=opset)
     console().print(f"{bundle.path} · {bundle.size_mb:.3f} MB · answers as {start.bundle.path.name} does")
+    warn_of_findings(bundle.model_path, chosen)
     return bundle
 
 
@@ -99,6 +107,7 @@ def convert_to_fp16(
             few = images[:VERIFIED_IMAGES]
             bundle = walk(bundle, "onnx", between, profile=chosen, images=few, replace=True)
         made = Fp16Quantizer(autocast).run(bundle, images, folder, profile=chosen, replace=out is None)
+        warn_of_findings(made.model_path, chosen)
         smaller = bundle.size_mb / made.size_mb
     step = made.provenance[-1]
     told, kept = step["agreement"], step["kept_float32"]

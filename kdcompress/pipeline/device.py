@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from kdcompress.bundle import BUNDLE_FILE, Bundle, Precision, read_bundle
-from kdcompress.device_bundle import Card, write_device_bundle
+from kdcompress.device_bundle import MANIFEST, Card, write_device_bundle
 from kdcompress.errors import InputError, RunError
 from kdcompress.export import walk
 from kdcompress.export.trt import TARGET
-from kdcompress.files import require_empty, scratch_folder
-from kdcompress.pipeline._source import VERIFIED_IMAGES, Source, choose_profile, find_images, find_source
+from kdcompress.files import require_replaceable, scratch_folder
+from kdcompress.pipeline._source import (
+    VERIFIED_IMAGES,
+    Source,
+    choose_profile,
+    find_images,
+    find_source,
+    warn_of_findings,
+)
 from kdcompress.pipeline._verdict import half_precision
 from kdcompress.pipeline.base import console
 from kdcompress.profiles import Profile, tensorrt_profile
@@ -71,11 +78,10 @@ def export_engine(
             "device bundle is written instead: it builds the engine on the device, checks and measures it there."
         )
         return export_device(source, profile=chosen, data=data, out=out)
-    if out is not None:
-        require_empty(out)
     start = find_source(source)
     images = find_images(start, data)[:VERIFIED_IMAGES]
     folder = out or start.folder / f"trt-{start.bundle.precision}"
+    require_replaceable(folder, BUNDLE_FILE if out is None else None)
     target = dataclasses.replace(TARGET, options=options, timing_cache=timing_cache)
     wanted = choose_profile(chosen)
     bundle = walk(start.bundle, "trt", folder, profile=wanted, images=images, replace=out is None, target=target)
@@ -112,8 +118,6 @@ def export_device(
     Raises:
         InputError: there is nothing to export.
     """
-    if out is not None:
-        require_empty(out)
     start, chosen = find_source(source), choose_profile(profile)
     if chosen.runtime == "openvino":
         fix = "give OpenVINO the .onnx file itself: kdcompress export --onnx, kdcompress quantize --for openvino"
@@ -122,6 +126,7 @@ def export_device(
         fix = "give the run, or the ONNX bundle it was built from"
         raise InputError("an engine belongs to the GPU it was built on", where=str(start.bundle.path), fix=fix)
     folder = out or start.folder / f"device-{chosen.name}"
+    require_replaceable(folder, MANIFEST if out is None else None)
     with scratch_folder() as scratch:
         place = start.folder if out is None else scratch
         flavours = find_flavours(start, chosen, place=place, data=data)
@@ -130,6 +135,8 @@ def export_device(
             folder, flavours, profile=chosen, card=_card(start, flavours), images=images, replace=out is None
         )
     console().print(f"{folder} · {', '.join(flavours)} for {chosen.name} ({chosen.device})")
+    for precision in flavours:
+        warn_of_findings(folder / "models" / f"{precision}.onnx", chosen)
     if "int8" not in flavours:
         console().print(f"no INT8 for {chosen.name} here: kdcompress quantize --int8 --for {chosen.name} writes it")
     console().print("on the device: python3 run.py check, then python3 run.py measure; README.md says more")
@@ -147,13 +154,12 @@ def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | N
         place: where fp32 and fp16 go if they have to be written.
         data: see `export_device`.
     """
-    root = _root(start.bundle)
     spoken = start.bundle.interface
     found: dict[Precision, Bundle] = {}
     for file in sorted(start.folder.glob(f"*/{BUNDLE_FILE}")):
         bundle = read_bundle(file.parent)
         step = bundle.provenance[-1] if bundle.provenance else {}
-        own = (bundle.kind, bundle.interface) == ("onnx", spoken) and _root(bundle) == root
+        own = (bundle.kind, bundle.interface) == ("onnx", spoken) and bundle.root == start.bundle.root
         fits = bundle.precision != "int8" or step.get("profile") == profile.name
         if own and fits and bundle.precision not in found:
             found[bundle.precision] = bundle
@@ -171,12 +177,6 @@ def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | N
             found["fp16"] = half
     order: tuple[Precision, ...] = ("fp32", "fp16", "int8")
     return {precision: found[precision] for precision in order if precision in found}
-
-
-def _root(bundle: Bundle) -> str:
-    """The digest of the torch bundle that a bundle was made from; its own if it is one."""
-    sources = [step["source"] for step in bundle.provenance if "source" in step]
-    return bundle.digest if bundle.kind == "torch" or not sources else str(sources[0])
 
 
 def _card(start: Source, flavours: Mapping[Precision, Bundle]) -> Card:

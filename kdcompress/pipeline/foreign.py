@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdcompress.adoption import adopt_onnx, precision_of, read_ends
+from kdcompress.adoption import adopt_onnx, precision_of
 from kdcompress.bundle import BUNDLE_FILE, read_bundle
 from kdcompress.data import load_splits, unit_interval
 from kdcompress.errors import InputError
 from kdcompress.evaluate import wilson_interval
-from kdcompress.files import file_digest, scratch_folder
+from kdcompress.files import file_digest, require_replaceable, scratch_folder
+from kdcompress.onnx_ends import flatten_output, read_ends
 from kdcompress.onnx_file import read_onnx
 from kdcompress.pipeline.base import console
 from kdcompress.runtimes import open_bundle
 
+_COLOURS = {3: "RGB, ", 1: "grey, "}
 _LOOKED_AT = 256
 """Labelled images on which a wrong normalisation or order of classes would show."""
 
@@ -61,20 +63,24 @@ def as_bundle(
         yield source.parent
         return
     model = read_onnx(source)
+    precision = precision_of(model)
+    if keep:
+        require_replaceable(source.with_suffix("") / f"onnx-{precision}", BUNDLE_FILE)
     if data is None:
         fix = "name images of its classes: a folder, cifar10:ROOT …"
         raise InputError(f"{source} does not say its classes", where="--data", fix=fix)
+    flatten_output(model)
     ends = read_ends(model, str(source))
     splits = load_splits(data, image_size=ends.height if ends.height == ends.width else None)
     split = splits.calibration.take(_LOOKED_AT)
     images = unit_interval(split.images.load(split.ids))
     if mean is None and std is None:
-        mean, std = _told_before(source, precision_of(model))
+        mean, std = _told_before(source, precision)
     with scratch_folder() as scratch:
         folder = source.with_suffix("") if keep else scratch
         bundle = adopt_onnx(
             source,
-            folder / f"onnx-{precision_of(model)}",
+            folder / f"onnx-{precision}",
             classes=splits.classes,
             image_shape=splits.image_shape,
             mean=mean,
@@ -85,13 +91,16 @@ def as_bundle(
         if tell:
             right = open_bundle(bundle)(images).argmax(1) == split.labels
             share, count = float(right.double().mean()), len(right)
-            layout = "NHWC" if ends.channels_last else "NCHW"
+            spoken, (_, height, width) = bundle.interface, splits.image_shape
+            layout = f"{'NHWC' if ends.channels_last else 'NCHW'}, {_COLOURS.get(ends.channels, '')}{height} × {width}"
+            once = f", {spoken.batch} at once" if spoken.batch else ""
             inside = "as told" if mean is not None else "taken to be inside the graph (--mean, --std if it is not)"
             speak = console()
             speak.print(
-                f"{source}: {ends.input} ({layout}) → {ends.output} ({ends.kind}), normalisation {inside} · right for "
-                f"{share:.1%} of {count} labelled training images"
+                f"{source}: {ends.input} ({layout}{once}) → {ends.output} ({spoken.output}), normalisation {inside}, "
+                f"other sizes scaled and cut · right for {share:.1%} of {count} labelled training images"
             )
             if wilson_interval(int(right.sum()), count)[0] <= 1 / len(splits.classes):
-                speak.print("warning: that is no better than chance: is the normalisation right, are the classes?")
+                doubt = "are the normalisation, the classes, the order of colours right?"
+                speak.print(f"warning: that is no better than chance: {doubt}")
         yield bundle.path

@@ -26,7 +26,7 @@ from kdcompress.bundle import BUNDLE_FILE, Bundle
 from kdcompress.checkpoint import LAST, load_state
 from kdcompress.errors import InputError, OutputError, RecipeError
 from kdcompress.fake_quant import count_fixed_norms, prepare_student
-from kdcompress.files import atomic_folder, require_empty, require_place, scratch_folder
+from kdcompress.files import atomic_folder, require_empty, require_place, require_replaceable, scratch_folder
 from kdcompress.gate import Verdict
 from kdcompress.networks import Student
 from kdcompress.pipeline._answers import open_answers
@@ -90,6 +90,8 @@ def quantize_aware(
     speak, chosen, run = console(), choose_profile(profile), _find_run(source)
     held_to = limits or Limits()
     require_place(run.path / FOLDER)
+    place = out or run.path / f"onnx-int8-{chosen.name}-qat"
+    require_replaceable(place, BUNDLE_FILE if out is None else None)
     splits = find_splits(Source(run.student(), run.path, run), None, holdout) if holdout else None
     folder = RunFolder(run.path / FOLDER / chosen.name)
     if resume:
@@ -114,7 +116,6 @@ def quantize_aware(
         with resumable(folder.path):
             made = write(plan, result, parts, folder, scratch, timing)
             verdict, evidence = _hold_to(plan, made, judged, held_to, scratch)
-        place = out or run.path / f"onnx-int8-{chosen.name}-qat"
         again = "--resume --force"
         kept = keep(made, verdict, evidence, place, judged=judged, force=force, replace=out is None, again=again)
     agreed = kept.provenance[-2]["agreement"]["value"]
@@ -187,7 +188,7 @@ def _train(plan: Plan, run: RunFolder, folder: RunFolder, parts: Parts, speak: C
         if not resume:
             _take_over_method(parts, run, speak)
             folder.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_folder(folder.path, replace=True) as fresh:
+            with atomic_folder(folder.path, replace=RECIPE_FILE) as fresh:
                 write_recipe(parts.recipe, fresh / RECIPE_FILE)
                 RunFolder(fresh).write_facts(parts.facts)
                 keep_plan(plan, fresh)

@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from kdcompress.bundle import Bundle
+from kdcompress.bundle import BUNDLE_FILE, Bundle
 from kdcompress.data import Splits, build_views, pick_views, unit_interval
 from kdcompress.errors import InputError
 from kdcompress.export import walk
-from kdcompress.files import require_empty, scratch_folder
+from kdcompress.files import require_empty, require_replaceable, scratch_folder
 from kdcompress.networks import TeacherEnsemble
 from kdcompress.pipeline._gate import (
     JudgedImages,
@@ -31,6 +31,7 @@ from kdcompress.pipeline._source import (
     choose_profile,
     find_source,
     find_splits,
+    warn_of_findings,
 )
 from kdcompress.pipeline._teachers import open_teacher, read_checkpoints, sample_of
 from kdcompress.pipeline._verdict import Limits, advice, hold_to, keep
@@ -106,6 +107,7 @@ def quantize(
     saw = start.run.facts.student_saw_val if start.run and data is None else student_saw(start.bundle, splits.val)
     judged = judged_images(splits, saw, picks=mixed or calibration == "auto")
     folder = out or start.folder / f"onnx-int8-{chosen.name}"
+    require_replaceable(folder, BUNDLE_FILE if out is None else None)
     with scratch_folder() as scratch:
         bundle = start.bundle
         if bundle.kind == "torch":
@@ -124,6 +126,7 @@ def quantize(
         smaller = bundle.size_mb / made.size_mb
     told = f"{kept.size_mb:.3f} MB ({smaller:.1f} × smaller) · calibrated on {len(images)} images · {advice(verdict)}"
     speak.print(f"{kept.path} · {told}")
+    warn_of_findings(kept.model_path, chosen)
     return kept
 
 

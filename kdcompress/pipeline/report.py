@@ -176,9 +176,11 @@ def report_bundles(
     """
     speak, folder = console(), out or path.parent
     require_place(folder / REPORT_FILE)
-    found = [path, *sorted(file.parent for file in path.parent.glob(f"*/{BUNDLE_FILE}") if file.parent != path)]
-    bundles = {folder.name: read_bundle(folder) for folder in found}
-    first = bundles[path.name]
+    first = read_bundle(path)
+    beside = [read_bundle(file.parent) for file in sorted(path.parent.glob(f"*/{BUNDLE_FILE}")) if file.parent != path]
+    bundles = {bundle.path.name: bundle for bundle in (first, *beside) if bundle.root == first.root}
+    for other in (bundle for bundle in beside if bundle.root != first.root):
+        speak.print(f"note: {other.path} was made of another model, it is left out")
     splits = load_splits(data, image_size=first.preprocess.square_side)
     for bundle in bundles.values():
         require_classes(bundle, splits)

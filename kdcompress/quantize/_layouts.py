@@ -57,14 +57,16 @@ def lay_out(model: ModelProto, profile: Profile, layout: Layout) -> tuple[Sequen
 
 
 def kept_float(model: ModelProto, profile: Profile) -> list[str]:
-    """The names of the nodes that a profile leaves in float: layers too small, and an Add that is not of two tensors.
+    """The names of the nodes that a profile leaves in float.
+
+    Layers too small, and an Add that is not of two tensors; for ONNX Runtime, grouped transposed convolutions.
 
     Args:
         model: an fp32 `onnx.ModelProto`.
         profile: the scheme.
     """
-    if not profile.skip_only:
-        return []
+    if not profile.skip_only:  # onnxruntime's quantizer has one scale for each channel of a group, and a bias of all
+        return [node.name for node in model.graph.node if node.op_type == "ConvTranspose" and _groups(node) > 1]
     shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
     images = {value.name for value in model.graph.input}
     kept = []

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kdcompress import onnx_graph
+from kdcompress import onnx_graph, onnx_opset
 from kdcompress.bundle import (
     PLAIN,
     Bundle,
@@ -166,7 +166,7 @@ def convert(path: Path, images: Images, interface: Interface = PLAIN) -> tuple[A
         with quiet():
             model = onnx.load(path)
             if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-                model = onnx_graph.raise_opset(model, _OPSET_OF_HALF_SCALES)
+                model = onnx_opset.raise_opset(model, _OPSET_OF_HALF_SCALES)
             large = unfit(model, largest_values(model, images, interface))
             image_names = {value.name for value in model.graph.input}
             sensitive = {

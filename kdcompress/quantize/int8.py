@@ -55,7 +55,8 @@ class Int8Source:
     def __init__(self, bundle: Bundle, calibration: Images, *, profile: Profile, ranges: Ranges | None = None) -> None:
         if (bundle.kind, bundle.precision) != ("onnx", "fp32"):
             what = f"INT8 is made from an fp32 onnx bundle, this is {bundle.precision} {bundle.kind}"
-            raise InputError(what, where=str(bundle.path), fix="export it to ONNX first")
+            fix = "start from its fp32 file" if bundle.kind == "onnx" else "export it to ONNX first"
+            raise InputError(what, where=str(bundle.path), fix=fix)
         if "int8" not in profile.precisions:
             raise InputError(f"{profile.name} ({profile.device}) does not compute in INT8", where="--for")
         if len(calibration) == 0:

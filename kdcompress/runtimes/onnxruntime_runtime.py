@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from kdcompress.runtimes.base import ask
 from kdcompress.types import Images, Logits
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4
+"""What else goes wrong is raised as well."""
 
 
 class OnnxPredictor:
@@ -77,7 +79,7 @@ def open_session(path: Path, device: str = "cpu", threads: int | None = None, *,
         known = ", ".join(name for name, needed in _PROVIDERS.items() if needed in available)
         raise InputError(f"this onnxruntime does not run on {device}", where="--device", fix=f"use {known}")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = threads if threads is not None else torch.get_num_threads()
     options.inter_op_num_threads = 1
     if as_written:
@@ -92,5 +94,7 @@ def open_session(path: Path, device: str = "cpu", threads: int | None = None, *,
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """The first line of an error's message, without the runtime's own number and place in its source."""
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    return re.sub(r"\S+\.(?:cc|h):\d+ .*\) ", "", line).strip()[:300]

@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 
+from kdcompress.onnx_opset import at_opset
 from tests.cli.conftest import Shop
 
 
@@ -28,7 +30,7 @@ def test_it_is_as_right_as_the_bundle_that_it_came_from(shop: Shop, file: Path) 
 
 def test_it_is_quantized_exported_and_reported_beside_itself(shop: Shop, file: Path) -> None:
     said = shop.must("quantize", "lonely.onnx", "--fp16", "--for", "trt", "--data", "digits")
-    assert "images (NCHW) → logits (logits), normalisation taken to be inside the graph" in said
+    assert "images (NCHW, grey, 8 × 8) → logits (logits), normalisation taken to be inside the graph" in said
     assert "% of 256 labelled training images" in said
     shop.must("export", "lonely.onnx", "--data", "digits", "--input", "uint8-nhwc", "--output", "probabilities")
     names = ["onnx-fp16", "onnx-fp32", "onnx-fp32-uint8-nhwc-probabilities"]
@@ -60,8 +62,54 @@ def test_what_was_told_once_holds_for_the_same_file(shop: Shop, file: Path) -> N
     assert bundle["preprocess"]["std"] == [0.5]
 
 
+def test_folders_of_somebody_else_stay(shop: Shop, file: Path) -> None:
+    shutil.copy(file, shop.folder / "taken.onnx")
+    for folder, words in (
+        ("onnx-fp32", ("report", "taken.onnx", "--data", "digits")),
+        ("onnx-int8-ort-x86", ("quantize", "taken.onnx", "--data", "digits", "--for", "ort-x86")),
+        ("device-ort-x86", ("export", "taken.onnx", "--data", "digits", "--device", "--for", "ort-x86")),
+        ("onnx-fp32-batch2", ("export", "taken.onnx", "--data", "digits", "--batch", "2")),
+    ):
+        place = shop.folder / "taken" / folder
+        place.mkdir(parents=True)
+        (place / "mine.txt").write_text("mine")
+        done = shop.run(*words)
+        assert done.code == 2
+        assert f"taken/{folder} is not empty (it holds mine.txt)" in done.error
+        assert [path.name for path in place.iterdir()] == ["mine.txt"]
+        shutil.rmtree(place)
+
+
+def test_what_was_made_of_another_file_is_left_out_of_a_report(shop: Shop, file: Path) -> None:
+    shutil.copy(file, shop.folder / "again.onnx")
+    shop.must("quantize", "again.onnx", "--fp16", "--for", "trt", "--data", "digits")
+    shutil.copy(shop.folder / "exported" / "onnx-fp32" / "model.onnx", shop.folder / "again.onnx")
+    model = onnx.load(str(shop.folder / "again.onnx"))
+    for item in model.graph.initializer:
+        if len(item.dims) == 4:
+            item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item) * 0.9, item.name))
+    onnx.save(model, str(shop.folder / "again.onnx"))
+    said = shop.must("report", "again.onnx", "--data", "digits", "--restarts", "1", "--batch-sizes", "1")
+    assert "again/onnx-fp16 was made of another model, it is left out" in said
+    rows = json.loads((shop.folder / "again" / "report.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["name"] for row in rows] == ["onnx-fp32"]
+
+
+def test_it_is_written_in_an_opset_that_the_runtime_reads(shop: Shop, file: Path) -> None:
+    newer = at_opset(onnx.load(str(file)), 20)
+    onnx.save(newer, str(shop.folder / "newer.onnx"))
+    words = ("newer.onnx", "--data", "digits", "--for", "trt8.6")
+    said = shop.must("quantize", *words, "--fp16")
+    assert "warning: trt8.6 does not take newer/onnx-fp16/model.onnx: opset-too-new: opset 20" in said
+    assert "newer/onnx-fp32-opset17 · " in shop.must("export", *words)
+    assert onnx.load(str(shop.folder / "newer" / "onnx-fp32-opset17" / "model.onnx")).opset_import[0].version == 17
+    said = shop.must("quantize", "newer/onnx-fp32-opset17", "--fp16", "--for", "trt8.6", "--data", "digits")
+    assert "warning" not in said
+    assert "ONNX already, of opset 20" in shop.must("export", "newer.onnx", "--data", "digits")
+
+
 def test_a_wrong_normalisation_shows(shop: Shop, file: Path) -> None:
-    words = ("evaluate", "lonely.onnx", "--data", "digits", "--mean", "300", "--std", "0.001")
+    words = ("evaluate", "lonely.onnx", "--data", "digits", "--mean", "-1", "--std", "0.001")
     assert "no better than chance" in shop.must(*words)
 
 
@@ -74,7 +122,9 @@ def test_a_wrong_normalisation_shows(shop: Shop, file: Path) -> None:
         (("evaluate", "lonely.onnx", "--data", "digits", "--mean", "x", "--std", "1"), "is not a list of numbers"),
         (("evaluate", "none.onnx", "--data", "digits"), "does not exist"),
         (("quantize", "none.onnx"), "does not exist"),
-        (("export", "lonely.onnx", "--data", "digits", "--opset", "18"), "stays as it is"),
+        (("export", "lonely.onnx", "--data", "digits", "--opset", "99"), "reads opsets up to"),
+        (("evaluate", "lonely.onnx", "--data", "digits", "--mean", "300", "--std", "0.5"), "divide it by 255"),
+        (("report", "lonely.onnx", "--data", "digits", "--holdout", "nowhere"), "name the held-out images as --data"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(

@@ -67,7 +67,10 @@ def test_a_folder_that_is_not_empty_is_refused_unless_it_is_to_be_replaced(tmp_p
     (tmp_path / "out" / "mine").write_text("keep")
     with pytest.raises(OutputError, match="not empty"), atomic_folder(tmp_path / "out"):
         pass
-    with atomic_folder(tmp_path / "out", replace=True) as folder:
+    with pytest.raises(OutputError, match="not empty"), atomic_folder(tmp_path / "out", replace="bundle.json"):
+        pytest.fail("a folder of somebody else's is not replaced")
+    (tmp_path / "out" / "bundle.json").touch()
+    with atomic_folder(tmp_path / "out", replace="bundle.json") as folder:
         (folder / "new").write_text("1")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]

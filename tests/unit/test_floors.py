@@ -11,7 +11,7 @@ import kdcompress
 FLOORS = (
     {"errors"},
     {"files", "types", "resizing", "cuda_driver", "tensorrt_layers", "ranks", "onnx_graph"},
-    {"recipe", "pictures", "global_batch", "tensorrt_module", "channel_groups", "onnx_normalisation"},
+    {"recipe", "pictures", "global_batch", "tensorrt_module", "channel_groups", "onnx_normalisation", "onnx_opset"},
     {
         "tensorrt_builder",
         "tensorrt_engine",
@@ -48,7 +48,7 @@ FLOORS = (
     },
     {"networks", "methods", "gate", "headroom"},
     {"init", "runtimes", "training_step", "live_teachers", "fake_quant"},
-    {"training_session", "heldout", "probe"},
+    {"training_session", "heldout", "probe", "onnx_ends"},
     {"train", "teacher_cache", "quantize", "export", "lint", "report", "adoption"},
     {"device_bundle"},
     {"pipeline"},

@@ -140,29 +140,6 @@ def test_a_first_layer_is_found_behind_normalisation_and_layout() -> None:
     assert not onnx_graph.reads_image(model, "mean", {"images"})
 
 
-def test_an_older_opset_is_declared_where_nothing_changes() -> None:
-    model = shortcut([0, 0, 0, 0, 0, 1, 0, 0])  # Pad changed in 18, but not in what is used here
-    before = run(model)
-    assert onnx_graph.lower_opset(model, 17)
-    assert model.opset_import[0].version == 17
-    np.testing.assert_array_equal(run(model), before)
-
-
-@pytest.mark.parametrize(
-    ("node", "constants"),
-    [
-        (helper.make_node("ReduceMean", ["images", "a"], ["logits"]), {"a": np.array([1])}),
-        (helper.make_node("Pad", ["images", "p", "", "a"], ["logits"]), {"p": np.array([1, 1]), "a": np.array([1])}),
-        (helper.make_node("Mish", ["images"], ["logits"]), {}),
-        (helper.make_node("QLinearAdd", ["images"], ["logits"], domain="com.microsoft"), {}),
-    ],
-)
-def test_a_newer_opset_is_kept_where_it_is_needed(node: Any, constants: dict[str, Any]) -> None:
-    model = model_of([node], constants)
-    assert not onnx_graph.lower_opset(model, 17)
-    assert model.opset_import[0].version == 18
-
-
 def test_traces_and_unused_constants_go() -> None:
     model = shortcut([0, 0, 0, 0, 0, 1, 0, 0])
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(3), "unused"))
