@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -389,7 +389,8 @@ def fit_images(images: Images, preprocess: Preprocess) -> Float[Tensor, "batch c
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors as safetensors, in sorted order, each with its own memory (shared ones are written twice)."""
-    save_file({name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}, path)
+    held = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    path.write_bytes(save(held))  # save_file makes a file that its owner alone may read
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -76,7 +76,8 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
 def classify(root: Path, arguments: argparse.Namespace) -> int:
     """Names what is in pictures; one that cannot be read is told and passed over."""
     bundle, models, settings = _begin(root, arguments)
-    opened = open_model(models[-1], settings)
+    model = models[-1] if arguments.precisions else bundle.models[bundle.best]
+    opened = open_model(model, settings)
     failed = False
     for path in _pictures(arguments.paths):
         try:
@@ -85,7 +86,7 @@ def classify(root: Path, arguments: argparse.Namespace) -> int:
             failed = True
             print(f"error: {error}", file=sys.stderr)
             continue
-        logits = opened.answer(models[-1].feed(pixels[None]))[0].astype(np.float64)
+        logits = opened.answer(model.feed(pixels[None]))[0].astype(np.float64)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         best = [(bundle.classes[index], float(shares[index])) for index in np.argsort(-shares)[: arguments.top]]
@@ -140,7 +141,15 @@ def _check(
             f"largest, {model.tolerance:.0e} allowed · same class {found.same_class:.0%} · "
             f"{'ok' if found.passed else 'FAILED'}"
         )
+        if not found.passed and model.precision == "int8" and _rounds_halves_wrongly(opened.runtime):
+            print("  onnxruntime before 1.30 rounds INT8 with fp16 scales wrongly: pip install --upgrade onnxruntime")
     return agreements, inside
+
+
+def _rounds_halves_wrongly(runtime: str) -> bool:
+    name, _, version = runtime.partition(" ")
+    numbers = version.split(".")[:2]
+    return name == "onnxruntime" and all(n.isdigit() for n in numbers) and [int(n) for n in numbers] < [1, 30]
 
 
 def _zeros(bundle: DeviceBundle, model: Model, settings: Settings) -> np.ndarray:

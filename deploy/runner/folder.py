@@ -64,7 +64,8 @@ class Model:
 
 @dataclass(frozen=True)
 class DeviceBundle:
-    """The folder: classes, what a picture becomes, models by precision, golden test; `digest` is its identity."""
+    """The folder: classes, what a picture becomes, models by precision and which of them to use, golden test; `digest`
+    is its identity."""
 
     root: Path
     digest: str
@@ -74,6 +75,7 @@ class DeviceBundle:
     preprocess: Mapping[str, Any]
     models: Mapping[str, Model]
     golden: Mapping[str, Any]
+    best: str
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -127,7 +129,15 @@ def open_folder(root: Path) -> DeviceBundle:
     }
     classes = tuple(content["classes"])
     return DeviceBundle(
-        root, digest, content["profile"], content["runtime"], classes, content["preprocess"], models, content["golden"]
+        root,
+        digest,
+        content["profile"],
+        content["runtime"],
+        classes,
+        content["preprocess"],
+        models,
+        content["golden"],
+        content["best"],
     )
 
 

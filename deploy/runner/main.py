@@ -47,8 +47,15 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong, and not how everything is used."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}\n{self.prog} --help says more\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run.py", description="Check, measure and run the student in this folder.")
+    parser = _Parser(prog="run.py", description="Check, measure and run the student in this folder.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     check = commands.add_parser("check", help="does this device answer as it should, from the JPEG to the logits")
     build = commands.add_parser("build", help="build the TensorRT engines; every other command does it when needed")

@@ -24,6 +24,30 @@ def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> 
     return least, usual, most
 
 
+_OWN = {
+    "onnx": ("batch", "opset", "layout", "output"),
+    "device": ("golden_images",),
+    "trt": (
+        *("golden_images", "require_engine", "engine_batch", "workspace_mb", "builder_level", "timing_cache"),
+        *("version_compatible", "hardware_compatible"),
+    ),
+}
+"""Target → the options that have an effect on it, beside those of all."""
+
+
+def _require_own(target: str) -> None:
+    """Refuses options on the command line that are of other targets only."""
+    from kdcompress.errors import InputError
+
+    context, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    foreign = {name for names in _OWN.values() for name in names} - set(_OWN[target])
+    for parameter in context.command.params:
+        if parameter.name in foreign and context.get_parameter_source(parameter.name) is typed:
+            homes = " and ".join(f"--{other}" for other, names in _OWN.items() if parameter.name in names)
+            fix = f"export --onnx with it, then --{target} of that bundle" if homes == "--onnx" else "leave it out"
+            raise InputError(f"{parameter.opts[0]} is of {homes}, not of --{target}", fix=fix)
+
+
 @click.command()
 @click.argument("source", metavar="[RUN|BUNDLE|MODEL.onnx]", required=False, type=click.Path(path_type=Path))
 @click.option("--onnx", is_flag=True, help="One ONNX file (the default).")
@@ -39,7 +63,7 @@ def parse_batches(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @click.option("--output", type=click.Choice(["logits", "probabilities"]), default="logits", show_default=True)
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Bundle to write [default: in the run].")
 @click.option(
-    "--golden-images", metavar="N", default=0, type=click.IntRange(min=0), help="--device: N real images too."
+    "--golden-images", metavar="N", default=0, type=click.IntRange(min=0), help="Device bundle: N real images too."
 )
 @click.option("--require-engine", is_flag=True, help="--trt: fail where no engine can be built.")
 @click.option("--engine-batch", metavar="MIN,OPT,MAX", default="1,1,32", callback=parse_batches, help="--trt.")
@@ -81,10 +105,8 @@ def command(
     if len(targets) > 1:
         raise InputError(f"--{targets[0]} and --{targets[1]} are two exports", fix="one command for each")
     target = targets[0] if targets else "onnx"
+    _require_own(target)
     interface = Interface(layout, output, batch)
-    if target != "onnx" and (interface.changes or opset):
-        what = "--batch, --opset, --input and --output are of --onnx"
-        raise InputError(what, fix=f"export --onnx with them, then --{target} of that bundle")
     if target == "onnx":
         from kdcompress.pipeline.deploy import export
 
@@ -112,4 +134,5 @@ def command(
             options=options,
             timing_cache=timing_cache,
             require_engine=require_engine,
+            golden_images=golden_images,
         )

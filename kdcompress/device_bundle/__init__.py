@@ -42,15 +42,13 @@ DEVICE_FILE = "device.json"
 FORMAT = "kdcompress/device-bundle"
 SCHEMA_VERSION = 1
 SHARED = (
-    *(
-        "cuda_driver.py",
-        "pictures.py",
-        "resizing.py",
-        "tensorrt_module.py",
-        "tensorrt_builder.py",
-        "tensorrt_engine.py",
-    ),
+    "cuda_driver.py",
+    "pictures.py",
+    "resizing.py",
+    "tensorrt_builder.py",
+    "tensorrt_engine.py",
     "tensorrt_layers.py",
+    "tensorrt_module.py",
 )
 """Files of kdcompress that are part of the runner; each is Python 3.8 and imports none but one another."""
 
@@ -111,6 +109,7 @@ def write_device_bundle(
             "classes": list(first.classes),
             "preprocess": asdict(first.preprocess),
             "interface": asdict(first.interface),
+            "best": best_of(flavours, profile, card),
             "models": {
                 precision: {
                     "file": f"models/{precision}.onnx",
@@ -128,9 +127,18 @@ def write_device_bundle(
         labels = "".join(" ".join(name.split()) + "\n" for name in first.classes)
         (folder / "labels.txt").write_text(labels, encoding="utf-8")
         (folder / "MODEL_CARD.md").write_text(render_card(flavours, profile, card), encoding="utf-8")
-        write_texts(folder, deploy_folder(), flavours, profile)
+        write_texts(folder, deploy_folder(), flavours, profile, best_of(flavours, profile, card))
         _write_manifest(folder)
     return out
+
+
+def best_of(flavours: Mapping[Precision, Bundle], profile: Profile, card: Card) -> Precision:
+    """The model to use where nobody says which: INT8 unless the gate refuses it; fp16 where that is fast."""
+    refused = card.verdict is not None and card.verdict.answer == "fail"
+    order: list[Precision] = ["fp16", "fp32", "int8"] if profile.runtime == "tensorrt" else ["fp32", "fp16", "int8"]
+    if not refused:
+        order.insert(0, "int8")
+    return next(precision for precision in order if precision in flavours)
 
 
 def _copy_runner(folder: Path) -> None:

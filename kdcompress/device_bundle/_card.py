@@ -9,6 +9,7 @@ from typing import Any
 
 import kdcompress
 from kdcompress.bundle import Bundle, Precision
+from kdcompress.gate import Verdict
 from kdcompress.profiles import Profile
 from kdcompress.report.base import AccuracyPart
 
@@ -23,11 +24,13 @@ class Card:
         teachers: for each its name, arch, digest and licence, as the run says.
         accuracy: of each precision on the test images, where the run has a report.
         data: what those test images are: name, part, number, digest.
+        verdict: of the gate on its INT8, where it was asked.
     """
 
     teachers: tuple[Mapping[str, Any], ...] = ()
     accuracy: Mapping[Precision, AccuracyPart] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Verdict | None = None
 
 
 def weights_of(bundle: Bundle, card: Card) -> list[dict[str, Any]]:
@@ -59,6 +62,7 @@ def render_card(flavours: Mapping[Precision, Bundle], profile: Profile, card: Ca
         "",
         "## Accuracy",
         *_accuracy(flavours, card),
+        *([f"- INT8 before the gate: {card.verdict}"] if card.verdict is not None else []),
         "",
         "## Where its weights come from",
         *_weights(first, card),

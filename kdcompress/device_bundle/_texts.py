@@ -20,7 +20,9 @@ _OPSET_OF_8 = 17
 _FLAGS_OF_8: Mapping[str, str] = {"fp32": "--noTF32", "fp16": "--noTF32 --fp16", "int8": "--noTF32 --fp16 --int8"}
 
 
-def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle], profile: Profile) -> None:
+def write_texts(
+    folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle], profile: Profile, best: Precision
+) -> None:
     """Writes all of them.
 
     Args:
@@ -28,6 +30,7 @@ def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle]
         deploy: where the templates are.
         flavours: the models in it.
         profile: what they are for.
+        best: which of them to use.
     """
     first = next(iter(flavours.values()))
     name = re.sub(r"[^A-Za-z0-9_-]", "_", first.arch)
@@ -43,7 +46,8 @@ def write_texts(folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle]
         "scaling": "leave 0 to 255" if first.interface.input == "uint8-nhwc" else "divide by 255",
         "batch": str(first.interface.batch or "batch"),
         "output": first.interface.output,
-        **_triton_fields(flavours, profile),
+        "best": best,
+        **_triton_fields(flavours, profile, best),
         "target": _target(profile),
         "container": f"BASE=nvcr.io/nvidia/tensorrt:{tag}-py3" if (tag := _CONTAINERS.get(profile.name)) else "BASE",
         "version": profile.version if profile.runtime == "tensorrt" else "your choice",
@@ -73,14 +77,14 @@ def _shape(bundle: Bundle) -> tuple[int, int, int]:
     return (height, width, channels) if bundle.interface.input == "uint8-nhwc" else (channels, height, width)
 
 
-def _triton_fields(flavours: Mapping[Precision, Bundle], profile: Profile) -> dict[str, str]:
+def _triton_fields(flavours: Mapping[Precision, Bundle], profile: Profile, best: Precision) -> dict[str, str]:
     """Triton counts the batch among the dimensions where it is fixed. Its ONNX Runtime computes INT8 on a CPU only."""
     bundle = next(iter(flavours.values()))
     fixed = bundle.interface.batch
     first = [str(fixed)] if fixed else []
     on_cpu = profile.runtime != "tensorrt"
     return {
-        "best": list(flavours)[-1] if on_cpu else next(name for name in ("fp16", "fp32", "int8") if name in flavours),
+        "served": best if on_cpu else next(name for name in ("fp16", "fp32", "int8") if name in flavours),
         "triton_gpus": "" if on_cpu else "--gpus all ",
         "triton_group": "instance_group [ { kind: KIND_CPU } ]" if on_cpu else "instance_group [ { kind: KIND_GPU } ]",
         "triton_type": "TYPE_UINT8" if bundle.interface.input == "uint8-nhwc" else "TYPE_FP32",

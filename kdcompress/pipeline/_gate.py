@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from kdcompress.bundle import Bundle
 from kdcompress.data import Split, Splits, counts_as_seen, eval_batches, seen_images, unit_interval
@@ -55,16 +57,22 @@ class JudgedImages:
     note: str = ""
 
 
-def judged_images(splits: Splits, saw_val: bool | None, *, picks: bool) -> JudgedImages:
+def judged_images(
+    splits: Splits, saw_val: bool | None, *, picks: bool, digests: Int64[Tensor, " images"] | None = None
+) -> JudgedImages:
     """Which images decide: the held-out ones where there are such, else val unless the student saw it.
 
     Args:
         splits: the data.
         saw_val: whether the student was trained on images of val, or started from weights that were; None: not known.
         picks: whether there is anything to choose; then one half is for choosing and the other for judging.
+        digests: of the images that the student was trained on, sorted; None where nobody says.
+
+    Raises:
+        InputError: the student was trained on the held-out images.
     """
     if splits.holdout is not None:
-        pool, name = splits.holdout, "holdout"
+        pool, name = _unseen(splits.holdout, digests), "holdout"
     else:
         pool, name = splits.val, "val"
         if saw_val:
@@ -80,16 +88,23 @@ def judged_images(splits: Splits, saw_val: bool | None, *, picks: bool) -> Judge
     return JudgedImages(first.take(MOST_IMAGES), second.take(MOST_IMAGES), f"second half of {name}", note=note)
 
 
+def _unseen(holdout: Split, digests: Int64[Tensor, " images"] | None) -> Split:
+    """The held-out images without the few that the student was trained on."""
+    if digests is None:
+        return holdout
+    seen = seen_images(digests, holdout)
+    if counts_as_seen(seen):
+        what = (
+            f"{int(seen.sum()):,} of {len(holdout):,} held-out images are among those that the student was trained on"
+        )
+        raise InputError(what, where="--holdout", fix="name images that it has not seen")
+    return Split(holdout.images, holdout.ids[~seen])
+
+
 def halves(split: Split) -> tuple[Split, Split]:
     """Two halves of a split with the classes in the same shares, always the same ones."""
     first = split.take(len(split) // 2)
     return first, Split(split.images, split.ids[~torch.isin(split.ids, first.ids)])
-
-
-def student_saw(bundle: Bundle, val: Split) -> bool | None:
-    """Whether a bundle's network was trained on val, by the digests that it carries; None without them."""
-    digests = bundle.training_digests()
-    return None if digests is None else counts_as_seen(seen_images(digests, val))
 
 
 def load_images(split: Split, limit: int = _SHOWN_IMAGES) -> Images:
@@ -208,7 +223,7 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
     )
 
 
-def renew_verdicts(bundles: Mapping[str, Bundle], measurement: Measurement) -> dict[str, Verdict]:
+def renew_verdicts(bundles: Mapping[str, Bundle], measurements: Sequence[Measurement]) -> dict[str, Verdict]:
     """Writes the verdict on each INT8 bundle that was timed on its target; those it was not asked about stay.
 
     One process says nothing about the spread of a speed-up: a bundle timed in one keeps its verdict, and so does one
@@ -216,23 +231,26 @@ def renew_verdicts(bundles: Mapping[str, Bundle], measurement: Measurement) -> d
 
     Args:
         bundles: name -> bundle, all of one run.
-        measurement: from the target.
+        measurements: from the target; of several that speak of a bundle, the last one counts.
 
     Returns:
         The new verdicts by name.
 
     Raises:
-        InputError: see `believe`.
+        InputError: see `believe`; then nothing is written.
     """
-    renewed = {}
-    for name, bundle in bundles.items():
-        before = read_verdict(bundle.path, bundle.digest)
-        mine = measurement.of(bundle.digest)
-        if before is None or mine is None or len(mine.latency_ms) < 2:
-            continue
-        verdict = believe(before, bundle, list(bundles.values()), measurement)
-        if {entry.rival for entry in verdict.speed_ups} < {entry.rival for entry in before.speed_ups}:
-            continue  # that one knew more rivals
-        renewed[name] = verdict
-        write_verdict(bundle.path, renewed[name], bundle.digest, {"measurement": measurement.model_dump(mode="json")})
+    known = {name: read_verdict(bundle.path, bundle.digest) for name, bundle in bundles.items()}
+    renewed, sources = dict[str, Verdict](), dict[str, Measurement]()
+    for measurement in measurements:
+        for name, bundle in bundles.items():
+            before, mine = renewed.get(name) or known[name], measurement.of(bundle.digest)
+            if before is None or mine is None or len(mine.latency_ms) < 2:
+                continue
+            verdict = believe(before, bundle, list(bundles.values()), measurement)
+            if {entry.rival for entry in verdict.speed_ups} < {entry.rival for entry in before.speed_ups}:
+                continue  # that one knew more rivals
+            renewed[name], sources[name] = verdict, measurement
+    for name, verdict in renewed.items():
+        bundle, evidence = bundles[name], {"measurement": sources[name].model_dump(mode="json")}
+        write_verdict(bundle.path, verdict, bundle.digest, evidence)
     return renewed

@@ -25,16 +25,20 @@ def read_checked(file: Path, bundles: Mapping[str, Bundle]) -> Measurement:
             runtime or another kind of CPU than its profile's.
     """
     found = read_measurement(file, known=[bundle.digest for bundle in bundles.values()])
-    precisions = {bundle.digest: bundle.precision for bundle in bundles.values()}
+    own = {bundle.digest: bundle for bundle in bundles.values()}
+    as_written = "take the file as the device wrote it"
     for model in found.models:
-        own = precisions.get(model.bundle, model.precision)
-        if model.precision != own:
-            what = f"it says that {model.bundle[:12]}… is in {model.precision}, and the bundle says {own}"
-            raise InputError(what, where=str(file), fix="take the file as the device wrote it")
+        bundle = own.get(model.bundle)
+        if bundle is not None and model.precision != bundle.precision:
+            what = f"it says that {model.bundle[:12]}… is in {model.precision}, and the bundle says {bundle.precision}"
+            raise InputError(what, where=str(file), fix=as_written)
+        if sum((other.bundle, other.batch_size) == (model.bundle, model.batch_size) for other in found.models) > 1:
+            what = f"{model.bundle[:12]}… stands in it twice at batch size {model.batch_size}"
+            raise InputError(what, where=str(file), fix=as_written)
         processes = {len(other.latency_ms) for other in found.models if other.batch_size == model.batch_size}
         if len(processes) > 1:
             what = f"models timed in {min(processes)} and in {max(processes)} processes cannot be compared"
-            raise InputError(what, where=str(file), fix="take the file as the device wrote it")
+            raise InputError(what, where=str(file), fix=as_written)
     try:
         profile = get_profile(found.profile)
     except InputError as error:
@@ -46,6 +50,11 @@ def read_checked(file: Path, bundles: Mapping[str, Bundle]) -> Measurement:
     if architecture and profile.architectures and architecture not in profile.architectures:
         what = f"measured on {architecture}, which says nothing about {profile.name} ({profile.device})"
         raise InputError(what, where=str(file), fix="measure on the device")
+    for bundle in (own[model.bundle] for model in found.models if model.bundle in own):
+        made_for = bundle.provenance[-1].get("profile") if bundle.precision == "int8" and bundle.provenance else None
+        if made_for not in (None, found.profile):
+            what = f"measured for {found.profile}, and {bundle.path.name} was made for {made_for}"
+            raise InputError(what, where=str(file), fix=as_written)
     return found
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtyping import Int64
+from torch import Tensor
+
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
-from kdcompress.data import Splits, load_splits, unit_interval
+from kdcompress.data import Splits, counts_as_seen, load_splits, seen_images, unit_interval
 from kdcompress.errors import InputError, ShapeError
 from kdcompress.lint import lint
 from kdcompress.pipeline.base import RECIPE_FILE, RunFolder, console, open_splits, require_classes
@@ -24,6 +27,22 @@ class Source:
     bundle: Bundle
     folder: Path
     run: RunFolder | None
+
+    def saw_val(self, splits: Splits, data: str | None) -> bool | None:
+        """Whether the student was trained on images of val; None: not known.
+
+        Args:
+            splits: where val is.
+            data: what was named instead of the run's own data, if anything.
+        """
+        if self.run is not None and data is None:
+            return self.run.facts.student_saw_val
+        digests = self.training_digests()
+        return None if digests is None else counts_as_seen(seen_images(digests, splits.val))
+
+    def training_digests(self) -> Int64[Tensor, " images"] | None:
+        """Of the images that the student was trained on; None where neither the run nor the bundle says."""
+        return (self.run.student() if self.run is not None else self.bundle).training_digests()
 
 
 def find_source(path: Path | None) -> Source:

@@ -5,13 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from kdcompress.bundle import BUNDLE_FILE, PLAIN, Bundle, Interface
+from kdcompress.bundle import BUNDLE_FILE, PLAIN, Bundle, Interface, read_bundle
 from kdcompress.errors import InputError
 from kdcompress.export import change_interface, find_target, walk
 from kdcompress.files import require_empty, require_replaceable, scratch_folder
+from kdcompress.gate import read_verdict
 from kdcompress.onnx_file import read_onnx
 from kdcompress.onnx_graph import opset_of
-from kdcompress.pipeline._source import VERIFIED_IMAGES, choose_profile, find_images, find_source, warn_of_findings
+from kdcompress.pipeline._gate import judged_images
+from kdcompress.pipeline._source import (
+    VERIFIED_IMAGES,
+    Source,
+    choose_profile,
+    find_images,
+    find_source,
+    find_splits,
+    warn_of_findings,
+)
+from kdcompress.pipeline._verdict import Limits, hold_to, keep
 from kdcompress.pipeline.base import console
 from kdcompress.quantize.fp16 import Fp16Quantizer
 
@@ -84,6 +95,9 @@ def convert_to_fp16(
 ) -> Bundle:
     """Writes a student, or an INT8 bundle's rest, in fp16, beside it unless `out` says where.
 
+    Where the gate has judged the INT8 bundle, it judges the new one by the same limits; nothing is timed here, since
+    that is for other runtimes.
+
     Args:
         source: a run or a bundle; by default the newest run.
         profile: what it is for.
@@ -94,19 +108,31 @@ def convert_to_fp16(
     Raises:
         InputError: there is nothing to convert, or the profile has no fp16.
         VerificationError: what was written does not answer as its source does; nothing is kept.
+        GateError: it loses more than the gate allowed its source; nothing is kept.
     """
     if out is not None:
         require_empty(out)
     start, chosen = find_source(source), choose_profile(profile)
-    images = find_images(start, data)
     bundle = start.bundle
     folder = out or start.folder / (f"onnx-int8-fp16-{chosen.name}" if bundle.precision == "int8" else "onnx-fp16")
+    require_replaceable(folder, BUNDLE_FILE if out is None else None)
+    images = find_images(start, data)
     with scratch_folder() as scratch:
         if bundle.kind == "torch":
             between = (start.folder if out is None else scratch) / f"onnx-{bundle.precision}"
             few = images[:VERIFIED_IMAGES]
             bundle = walk(bundle, "onnx", between, profile=chosen, images=few, replace=True)
-        made = Fp16Quantizer(autocast).run(bundle, images, folder, profile=chosen, replace=out is None)
+        before = read_verdict(bundle.path, bundle.digest)
+        fp32 = _float_kin(start) if before is not None else None
+        place = folder if fp32 is None else scratch / "made"
+        made = Fp16Quantizer(autocast).run(bundle, images, place, profile=chosen, replace=out is None)
+        if before is not None and fp32 is not None:
+            splits = find_splits(start, data)
+            saw = start.saw_val(splits, data)
+            judged = judged_images(splits, saw, picks=False, digests=start.training_digests())
+            limits = Limits(before.max_drop, before.min_speed_up, restarts=0)
+            held = hold_to(fp32, made, judged, limits, profile=chosen, calibration=images, scratch=scratch)
+            made = keep(made, *held, folder, judged=judged, force=False, replace=out is None)
         warn_of_findings(made.model_path, chosen)
         smaller = bundle.size_mb / made.size_mb
     step = made.provenance[-1]
@@ -123,3 +149,13 @@ def convert_to_fp16(
     if chosen.note:
         speak.print(f"note: {chosen.name} {chosen.note}")
     return made
+
+
+def _float_kin(start: Source) -> Bundle | None:
+    """The fp32 ONNX bundle beside an INT8 one that it was made from."""
+    for file in sorted(start.folder.glob(f"*/{BUNDLE_FILE}")):
+        bundle = read_bundle(file.parent)
+        same = (bundle.root, bundle.interface) == (start.bundle.root, start.bundle.interface)
+        if same and (bundle.kind, bundle.precision) == ("onnx", "fp32"):
+            return bundle
+    return None

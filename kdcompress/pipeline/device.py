@@ -13,6 +13,7 @@ from kdcompress.errors import InputError, RunError
 from kdcompress.export import walk
 from kdcompress.export.trt import TARGET
 from kdcompress.files import require_replaceable, scratch_folder
+from kdcompress.gate import read_verdict
 from kdcompress.pipeline._source import (
     VERIFIED_IMAGES,
     Source,
@@ -39,6 +40,7 @@ def export_engine(
     options: BuildOptions,
     timing_cache: Path | None = None,
     require_engine: bool = False,
+    golden_images: int = 0,
 ) -> Path:
     """Builds a TensorRT engine; where there is no GPU or no TensorRT, writes the device bundle instead and says so.
 
@@ -50,6 +52,7 @@ def export_engine(
         options: how the engine is built.
         timing_cache: a file that makes the next build faster.
         require_engine: fail where no engine can be built.
+        golden_images: of the device bundle; see `export_device`.
 
     Returns:
         The folder that was written.
@@ -77,7 +80,7 @@ def export_engine(
             f"No TensorRT engine can be built here: {reason}. An engine belongs to the GPU it was built on, so the "
             "device bundle is written instead: it builds the engine on the device, checks and measures it there."
         )
-        return export_device(source, profile=chosen, data=data, out=out)
+        return export_device(source, profile=chosen, data=data, out=out, golden_images=golden_images)
     start = find_source(source)
     images = find_images(start, data)[:VERIFIED_IMAGES]
     folder = out or start.folder / f"trt-{start.bundle.precision}"
@@ -131,10 +134,11 @@ def export_device(
         place = start.folder if out is None else scratch
         flavours = find_flavours(start, chosen, place=place, data=data)
         images = find_images(start, data)[:golden_images] if golden_images else None
-        write_device_bundle(
-            folder, flavours, profile=chosen, card=_card(start, flavours), images=images, replace=out is None
-        )
+        card = _card(start, flavours)
+        write_device_bundle(folder, flavours, profile=chosen, card=card, images=images, replace=out is None)
     console().print(f"{folder} · {', '.join(flavours)} for {chosen.name} ({chosen.device})")
+    if card.verdict is not None and card.verdict.answer == "fail":
+        console().print(f"warning: the gate refuses its INT8: {card.verdict.failures[0]} run.py classify takes another")
     for precision in flavours:
         warn_of_findings(folder / "models" / f"{precision}.onnx", chosen)
     if "int8" not in flavours:
@@ -146,7 +150,8 @@ def export_device(
 def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | None) -> dict[Precision, Bundle]:
     """The ONNX files of one student: fp32 (written where it is missing), and what was made of it for the profile.
 
-    With INT8 comes fp16, its rival on the device, written where it is missing and the profile has it.
+    Of several INT8 files the one that the gate thinks most of is taken. With INT8 comes fp16, its rival on the device,
+    written where it is missing and the profile has it.
 
     Args:
         start: the student, or one of its ONNX bundles; files that are spoken to as it is.
@@ -156,13 +161,20 @@ def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | N
     """
     spoken = start.bundle.interface
     found: dict[Precision, Bundle] = {}
+    integers: list[Bundle] = []
     for file in sorted(start.folder.glob(f"*/{BUNDLE_FILE}")):
         bundle = read_bundle(file.parent)
         step = bundle.provenance[-1] if bundle.provenance else {}
-        own = (bundle.kind, bundle.interface) == ("onnx", spoken) and bundle.root == start.bundle.root
-        fits = bundle.precision != "int8" or step.get("profile") == profile.name
-        if own and fits and bundle.precision not in found:
-            found[bundle.precision] = bundle
+        if (bundle.kind, bundle.interface) != ("onnx", spoken) or bundle.root != start.bundle.root:
+            continue
+        if bundle.precision != "int8":
+            found.setdefault(bundle.precision, bundle)
+        elif step.get("profile") == profile.name:
+            integers.append(bundle)
+    if integers:
+        found["int8"] = max(integers, key=_standing)
+        if len(integers) > 1 and start.bundle.precision != "int8":
+            console().print(f"int8: {found['int8'].path.name}, of {', '.join(one.path.name for one in integers)}")
     if start.bundle.kind == "onnx":
         found[start.bundle.precision] = start.bundle
     if "fp32" not in found and start.bundle.kind == "torch":
@@ -179,6 +191,15 @@ def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | N
     return {precision: found[precision] for precision in order if precision in found}
 
 
+_ANSWERS = ("fail", "unmeasured on target", "cannot decide", "pass")
+
+
+def _standing(bundle: Bundle) -> tuple[int, int, str]:
+    """How an INT8 bundle stands among others: by the gate's verdict, then by how much was done to make it."""
+    verdict = read_verdict(bundle.path, bundle.digest)
+    return _ANSWERS.index(verdict.answer) if verdict else 1, len(bundle.provenance), bundle.path.name
+
+
 def _card(start: Source, flavours: Mapping[Precision, Bundle]) -> Card:
     """What the run knows of the weights and of the accuracy."""
     first = next(iter(flavours.values()))
@@ -192,4 +213,6 @@ def _card(start: Source, flavours: Mapping[Precision, Bundle]) -> Card:
         names = {bundle.path.name: precision for precision, bundle in flavours.items()}
         accuracy = {names[row.name]: row.accuracy for row in report.rows if row.name in names}
         data = report.data
-    return Card(teachers=teachers, accuracy=accuracy, data=data)
+    int8 = flavours.get("int8")
+    verdict = read_verdict(int8.path, int8.digest) if int8 is not None else None
+    return Card(teachers=teachers, accuracy=accuracy, data=data, verdict=verdict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdcompress.gate import LEAST_RESTARTS, Verdict
+from kdcompress.gate import LEAST_RESTARTS
 from kdcompress.pipeline._gate import renew_verdicts
 from kdcompress.pipeline._measurements import keep, read_all, read_checked
 from kdcompress.pipeline.base import RunFolder, console
@@ -14,7 +14,7 @@ from kdcompress.report.base import REPORT_FILE
 
 
 def merge(source: Path | None, files: Sequence[Path]) -> Report | None:
-    """Keeps the files in the run, and puts them into its report.
+    """Keeps the files in the run, and puts them into its report; all of them, or nothing where one is refused.
 
     Args:
         source: the run; by default the newest one.
@@ -30,13 +30,13 @@ def merge(source: Path | None, files: Sequence[Path]) -> Report | None:
     run = RunFolder.open(source)
     if source is None:
         speak.print(f"run: {run.path} (the newest)")
-    bundles, renewed = run.bundles(), dict[str, Verdict]()
-    for file in files:
-        found = read_checked(file, bundles)
+    bundles = run.bundles()
+    measured = {file: read_checked(file, bundles) for file in files}
+    renewed = renew_verdicts(bundles, list(measured.values()))
+    for file, found in measured.items():
         speak.print(f"{file}: {found.profile}, {found.place}")
         if len(found.models[0].latency_ms) < 2:
             speak.print(f"note: timed in one process; the gate judges by {LEAST_RESTARTS} or more")
-        renewed |= renew_verdicts(bundles, found)
         keep(run, found)
     for name, verdict in renewed.items():
         speak.print(f"gate · {name} · {verdict}")

@@ -106,7 +106,8 @@ def quantize_aware(
     parts = prepare(asked, speak, offline=offline)
     if parts.facts.data_digest != run.facts.data_digest:
         raise InputError("the data is not what the run was trained on", where=str(run.path), fix="give back the same")
-    judged = judged_images(splits or parts.splits, run.facts.student_saw_val, picks=False)
+    digests = run.student().training_digests()
+    judged = judged_images(splits or parts.splits, run.facts.student_saw_val, picks=False, digests=digests)
     with scratch_folder() as scratch:
         between = (run.path if out is None else scratch) / "onnx-fp32"
         start = (*export_student(run, parts, chosen, between), chosen)

@@ -21,7 +21,6 @@ from kdcompress.pipeline._gate import (
     judged_images,
     load_images,
     load_labelled,
-    student_saw,
 )
 from kdcompress.pipeline._int8_search import CalibrationChoice, Candidate, LayerSensitivity, Search, find_sensitivity
 from kdcompress.pipeline._source import (
@@ -104,8 +103,9 @@ def quantize(
     images = calibration_images(splits)
     if len(images) < FEW_CALIBRATION_IMAGES:
         speak.print(f"note: {len(images)} calibration images, {FEW_CALIBRATION_IMAGES} or more are advised")
-    saw = start.run.facts.student_saw_val if start.run and data is None else student_saw(start.bundle, splits.val)
-    judged = judged_images(splits, saw, picks=mixed or calibration == "auto")
+    saw = start.saw_val(splits, data)
+    picks = mixed or calibration == "auto"
+    judged = judged_images(splits, saw, picks=picks, digests=start.training_digests())
     folder = out or start.folder / f"onnx-int8-{chosen.name}"
     require_replaceable(folder, BUNDLE_FILE if out is None else None)
     with scratch_folder() as scratch:

@@ -275,6 +275,8 @@ def build_rows(
             macs=work.get((bundle.arch, bundle.num_params)),
             size_mb=bundle.size_mb,
             verdict=read_verdict(bundle.path, bundle.digest),
+            spoken=bundle.interface.changes,
+            profile=bundle.provenance[-1].get("profile") if bundle.precision == "int8" and bundle.provenance else None,
         )
         for name, bundle in bundles.items()
     ]

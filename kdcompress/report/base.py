@@ -15,6 +15,7 @@ from kdcompress.errors import InputError
 from kdcompress.evaluate import Accuracy, PairedDifference
 from kdcompress.gate import Answer, Verdict
 from kdcompress.latency import Latency
+from kdcompress.profiles import default_profile
 from kdcompress.report._comparison import Comparison
 
 SCHEMA_VERSION: Final = 1
@@ -45,6 +46,8 @@ class Row:
         size_mb: size of the model file in 10⁶ bytes; None where there is none.
         latency: one entry for each batch size; empty where it was not measured.
         verdict: of the gate, where it was asked.
+        spoken: how its interface differs from the usual one: "" or "-uint8-nhwc-batch4" …
+        profile: what an INT8 bundle was made for.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Row:
     size_mb: float | None
     latency: Sequence[Latency] = ()
     verdict: Verdict | None = None
+    spoken: str = ""
+    profile: str | None = None
 
 
 class _Part(BaseModel):
@@ -124,6 +129,8 @@ class RowPart(_Part):
     size_mb: float | None
     latency: tuple[LatencyPart, ...]
     gate: GatePart | None = None
+    spoken: str = ""
+    profile: str | None = None
 
     def latency_at(self, batch_size: int) -> LatencyPart | None:
         """The entry of that batch size."""
@@ -268,6 +275,8 @@ def _row_part(row: Row, reference_p50_ms: Mapping[int, float]) -> RowPart:
         size_mb=row.size_mb,
         latency=tuple(latency),
         gate=_gate_part(row.verdict) if row.verdict is not None else None,
+        spoken=row.spoken,
+        profile=row.profile,
     )
 
 
@@ -299,8 +308,12 @@ def _findings(
             told = f"{row.name} is {advice} by the gate ({row.gate.answer}{place})"
             sentences.append(f"{told}. {' '.join(row.gate.reasons)}")
         if row.precision == "int8" and (row.gate is None or not row.gate.measured_on):
-            rivals = [other for other in rows if other.format == row.format and other.precision == "fp32"]
-            sentences += [_int8_sentence(row, rivals[0], entry.batch_size) for entry in row.latency if rivals]
+            alike = [other for other in rows if (other.format, other.spoken) == (row.format, row.spoken)]
+            rivals = [other for other in alike if other.precision == "fp32"]
+            if row.profile not in (None, default_profile().name):
+                sentences.append(f"{row.name} was made for {row.profile}: its times here say nothing about it there.")
+            else:
+                sentences += [_int8_sentence(row, rivals[0], entry.batch_size) for entry in row.latency if rivals]
     if teachers_saw_val:
         sentences.append("The teachers were trained on images of val: their figures on val are not to be believed.")
     if student_saw_val:

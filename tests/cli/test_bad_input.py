@@ -256,6 +256,8 @@ LINES = (
     case("unknown profile", "quantize|run|--for|ort-x87", "'ort-x87'", "did you mean 'ort-x86'", "--for"),
     case("unknown profile for export", "export|run|--for|nosuch|--out|new", "'nosuch'", "ort-arm", "--for"),
     case("two exports", "export|run|--onnx|--trt|--out|new", "--onnx and --trt", "one command for each"),
+    case("another target's", "export|run|--require-engine|--out|new", "--require-engine is of --trt, not of --onnx"),
+    case("ONNX's", "export|run|--device|--batch|2|--out|new", "--batch is of --onnx", "then --device of that bundle"),
     case("batch sizes", "report|run|--batch-sizes|nonsense", "'nonsense'", "--batch-sizes", "1,32"),
     case("batch size 0", "report|run|--batch-sizes|1,0", "'1,0'", "--batch-sizes"),
     case("threads 0", "report|run|--threads|0", "--threads", "0 is not in the range"),

@@ -85,6 +85,27 @@ def test_nothing_is_recommended_for_what_was_not_measured(shop: Shop, run: Path)
     assert "gate · unmeasured on target" in said
 
 
+def test_the_rest_in_fp16_stands_before_the_gate_as_its_int8_did(shop: Shop, run: Path) -> None:
+    must(quantize(shop, run, "--for", "trt11", "--max-drop", "42"))
+    said = must(quantize(shop, run / "onnx-int8-trt11", "--fp16", "--for", "trt11"))
+    assert "gate · unmeasured on target" in said
+    before, found = (gate(run / name)["verdict"] for name in ("onnx-int8-trt11", "onnx-int8-fp16-trt11"))
+    assert found["answer"] == "unmeasured on target"
+    assert (found["max_drop"], found["speed_ups"]) == (0.42, [])
+    assert found["drop"]["images"] == "holdout"
+    assert found["drop"]["n"] > before["drop"]["n"], "there was nothing to choose"
+    said = must(shop.run("export", run, "--device", "--for", "trt11", "--out", run / "device"))
+    assert "int8: onnx-int8-fp16-trt11, of onnx-int8-fp16-trt11, onnx-int8-trt11" in said
+
+
+def test_images_of_the_training_are_no_holdout(shop: Shop, tmp_path: Path) -> None:
+    seen = shop.folder / "colours" / "train"
+    done = quantize(shop, shop.folder / "c", "--holdout", seen, "--restarts", "0", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "of 24 held-out images are among those that the student was trained on" in done.error
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_few_processes_are_refused(shop: Shop, run: Path) -> None:
     done = quantize(shop, run, "--restarts", "3")
     assert done.code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,52 @@ def test_what_does_not_belong_to_the_run_is_refused(shop: Shop, away: Path, tmp_
     done = shop.run("report", "run", "--merge", tmp_path / "cpu.json")
     assert done.code == 2
     assert "says nothing about jetson-orin, where tensorrt runs it" in done.error
+    doctored = {**content, "profile": "jetson-orin", "runtime": "tensorrt 10.3", "machine": {}}
+    (tmp_path / "doctored.json").write_text(json.dumps(doctored), encoding="utf-8")
+    done = shop.run("report", "run", "--merge", tmp_path / "doctored.json")
+    assert done.code == 2
+    assert "measured for jetson-orin, and onnx-int8-ort-x86 was made for ort-x86" in done.error
+    twice = {**content, "models": [*content["models"], content["models"][0]]}
+    (tmp_path / "twice.json").write_text(json.dumps(twice), encoding="utf-8")
+    done = shop.run("report", "run", "--merge", tmp_path / "twice.json")
+    assert done.code == 2
+    assert "stands in it twice at batch size 1" in done.error
+
+
+def test_where_one_file_is_refused_none_is_merged(shop: Shop, away: Path, tmp_path: Path) -> None:  # noqa: F811
+    run = shop.folder / "run"
+    later = json.loads(away.read_text(encoding="utf-8"))
+    later["versions"]["python"] = "3.99"
+    (tmp_path / "good.json").write_text(json.dumps(later), encoding="utf-8")
+    (tmp_path / "bad.json").write_text(json.dumps({**later, "profile": "jetson-orin"}), encoding="utf-8")
+    before = {file: file.read_bytes() for file in (*run.glob("*/gate.json"), *run.glob("measurements/*"))}
+    assert before
+    assert shop.run("report", "run", "--merge", tmp_path / "good.json", tmp_path / "bad.json").code == 2
+    assert {file: file.read_bytes() for file in (*run.glob("*/gate.json"), *run.glob("measurements/*"))} == before
+
+
+def test_the_best_of_several_int8_files_goes_to_the_device(shop: Shop, away: Path, tmp_path: Path) -> None:  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(shop.folder / "run", run)
+    first = read_bundle(run / "onnx-int8-ort-x86")
+    write_verdict(first.path, judge(Drop(0.0, -0.01, 0.01, 300, 3, "val"), (), max_drop=0.02), first.digest, {})
+    shutil.copytree(first.path, run / "onnx-int8-ort-x86-qat")
+    said = shop.must("export", run, "--device", "--for", "ort-x86", "--out", tmp_path / "equal")
+    assert "int8: onnx-int8-ort-x86-qat, of onnx-int8-ort-x86, onnx-int8-ort-x86-qat" in said
+    refused = judge(Drop(0.5, 0.4, 0.6, 300, 3, "val"), (), max_drop=0.02)
+    write_verdict(run / "onnx-int8-ort-x86-qat", refused, first.digest, {})
+    said = shop.must("export", run, "--device", "--for", "ort-x86", "--out", tmp_path / "better")
+    assert "int8: onnx-int8-ort-x86, of" in said
+    write_verdict(first.path, refused, first.digest, {})
+    said = shop.must("export", run, "--device", "--for", "ort-x86", "--out", tmp_path / "refused")
+    assert "warning: the gate refuses its INT8: Accuracy: " in said
+    assert json.loads((tmp_path / "refused" / "device.json").read_text(encoding="utf-8"))["best"] == "fp32"
+    assert "INT8 before the gate: fail: Accuracy" in (tmp_path / "refused" / "MODEL_CARD.md").read_text("utf-8")
+    picture = next((tmp_path / "refused" / "golden").glob("*.jpg"))
+    (tmp_path / "refused" / "models" / "int8.onnx").rename(tmp_path / "int8.onnx")
+    assert "int8.onnx is missing" in Delivered(tmp_path / "refused").run("classify", picture).stderr
+    (tmp_path / "int8.onnx").rename(tmp_path / "refused" / "models" / "int8.onnx")
+    assert Delivered(tmp_path / "refused").run("classify", picture).returncode == 0
 
 
 def test_a_report_elsewhere_does_not_go_with_a_measurement(shop: Shop, away: Path) -> None:  # noqa: F811

@@ -18,8 +18,8 @@ from kdcompress.pipeline._gate import (
     renew_verdicts,
     runs_here,
     speed_ups,
-    student_saw,
 )
+from kdcompress.pipeline._source import Source
 from kdcompress.profiles import PROFILES, default_profile
 from kdcompress.quantize.fp16 import QUANTIZER as HALF
 from kdcompress.quantize.int8 import QUANTIZER
@@ -73,8 +73,8 @@ def test_val_does_not_judge_a_student_that_saw_it() -> None:
 
 def test_the_digests_of_a_bundle_tell_what_it_saw(tmp_path: Path) -> None:
     val = labelled(200, 1)  # 180 of them
-    bundle = student_bundle(tmp_path / "plain")
-    assert student_saw(bundle, val) is None
+    data = Splits(val, val, val, val, None, None, CLASSES, "noise")
+    assert Source(student_bundle(tmp_path / "plain"), tmp_path, None).saw_val(data, None) is None
     from kdcompress.networks import save_student
     from tests.unit.deployed import CLASSES as DIGITS
     from tests.unit.deployed import trained_student
@@ -87,7 +87,18 @@ def test_the_digests_of_a_bundle_tell_what_it_saw(tmp_path: Path) -> None:
         ("two", two, True),
     ):
         made = save_student(trained_student(), tmp_path / name, classes=DIGITS, training_digests=training_digests(seen))
-        assert student_saw(made, val) is expected
+        assert Source(made, tmp_path, None).saw_val(data, None) is expected
+
+
+def test_held_out_images_that_the_student_was_trained_on_do_not_judge_it() -> None:
+    holdout = labelled(200, 3)  # 180 of them
+    two = Split(holdout.images, holdout.ids[:2])
+    with pytest.raises(InputError, match="2 of 180 held-out images are among those that the student was trained on"):
+        judged_images(splits(holdout), False, picks=False, digests=training_digests(two))
+    one = Split(holdout.images, holdout.ids[5:6])
+    judged = judged_images(splits(holdout), False, picks=False, digests=training_digests(one))
+    assert judged.confirm is not None
+    assert sorted({*holdout.ids.tolist()} - {*judged.confirm.ids.tolist()}) == one.ids.tolist(), "a stray is left out"
 
 
 def test_images_without_a_label_decide_nothing() -> None:
@@ -154,16 +165,16 @@ def test_the_verdict_beside_a_bundle_is_renewed_and_belongs_to_it_alone(tmp_path
     half = HALF.run(source, digits()[0][:64], tmp_path / "fp16", profile=PROFILES["jetson-orin"])
     bundles = {"onnx-fp32": source, "int8": made, "onnx-fp16": half}
     found = measured(made.digest, source.digest, (1.0, 2.0), half.digest)
-    assert renew_verdicts(bundles, found) == {}, "the gate was not asked about any of them"
+    assert renew_verdicts(bundles, [found]) == {}, "the gate was not asked about any of them"
     before = judge(Drop(0.0, -0.001, 0.004, 3000, 9, "val"), (), max_drop=0.01)
     write_verdict(made.path, before, made.digest, {})
     assert read_verdict(made.path, made.digest) == before
     assert read_verdict(made.path, source.digest) is None
-    renewed = renew_verdicts(bundles, found)
+    renewed = renew_verdicts(bundles, [found])
     assert renewed["int8"].answer == "pass"
     assert read_verdict(made.path, made.digest) == renewed["int8"]
     older = measured(made.digest, source.digest, (1.0, 3.0))
-    assert renew_verdicts(bundles, older) == {}, "a file that knows fewer rivals"
+    assert renew_verdicts(bundles, [older]) == {}, "a file that knows fewer rivals"
     assert read_verdict(made.path, made.digest) == renewed["int8"]
     (made.path / "gate.json").write_text("{", encoding="utf-8")
     with pytest.raises(BundleError, match=r"gate\.json is damaged"):

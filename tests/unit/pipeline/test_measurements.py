@@ -79,7 +79,7 @@ def test_one_process_renews_no_verdict(bundles: dict[str, Bundle], tmp_path: Pat
     made = bundles["int8"]
     before = judge(Drop(0.0, -0.001, 0.004, 3000, 9, "val"), (), max_drop=0.01)
     write_verdict(made.path, before, made.digest, {})
-    assert renew_verdicts(bundles, read_checked(written(tmp_path, document(bundles, 1)), bundles)) == {}
+    assert renew_verdicts(bundles, [read_checked(written(tmp_path, document(bundles, 1)), bundles)]) == {}
     assert read_verdict(made.path, made.digest) == before
-    renewed = renew_verdicts(bundles, read_checked(written(tmp_path, document(bundles)), bundles))
+    renewed = renew_verdicts(bundles, [read_checked(written(tmp_path, document(bundles)), bundles)])
     assert renewed["int8"].answer == "pass"

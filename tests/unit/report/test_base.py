@@ -97,6 +97,28 @@ def test_int8_is_called_faster_only_where_every_process_shows_it(
     assert expected in pair(int8, fp32)
 
 
+def test_int8_is_held_against_fp32_of_the_same_interface() -> None:
+    spoken = {"format": "onnx", "spoken": "-batch4"}
+    rows = [
+        row("onnx-fp32", format="onnx", latency=[latency(1, 1.0, 1.0)]),
+        row("onnx-fp32-batch4", **spoken, latency=[latency(1, 4.0, 4.0)]),
+        row("onnx-int8-batch4", **spoken, precision="int8", latency=[latency(1, 2.0, 2.0)]),
+    ]
+    (sentence,) = build(rows, reference=None).findings
+    assert "onnx-fp32-batch4 4.000 ms" in sentence
+    assert "2.00 × as fast" in sentence
+    assert build([rows[0], rows[2]], reference=None).findings == (), "there is nothing like it to hold it against"
+
+
+def test_nothing_is_advised_by_times_of_what_is_for_another_runtime() -> None:
+    rows = [
+        row("onnx-fp32", format="onnx", latency=[latency(1, 1.0, 1.0)]),
+        row("onnx-int8-trt11", format="onnx", precision="int8", profile="trt11", latency=[latency(1, 2.0, 2.0)]),
+    ]
+    (sentence,) = build(rows, reference=None).findings
+    assert sentence == "onnx-int8-trt11 was made for trt11: its times here say nothing about it there."
+
+
 @pytest.mark.parametrize(
     ("interval", "verdict"),
     [
