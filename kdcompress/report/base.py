@@ -388,12 +388,15 @@ class Column(Generic[Shown]):
 
 def columns(report: Report) -> tuple[Column[RowPart], ...]:
     """The columns of the table, the same wherever it is shown."""
+    against: tuple[Column[RowPart], ...] = (
+        Column("vs ensemble", _difference),
+        Column("agree %", lambda row: "" if row.agreement is None else f"{100 * row.agreement:.2f}"),
+    )
     first: tuple[Column[RowPart], ...] = (
         Column("model", lambda row: row.name, numeric=False),
         Column("format", lambda row: f"{row.format} {row.precision}", numeric=False),
         Column("top-1 %", _top1),
-        Column("vs ensemble", _difference),
-        Column("agree %", lambda row: "" if row.agreement is None else f"{100 * row.agreement:.2f}"),
+        *(against if report.reference is not None else ()),
         Column("params", lambda row: _counted(row.params)),
         Column("MACs", lambda row: "" if row.macs is None else _counted(row.macs)),
         Column("MB", lambda row: "" if row.size_mb is None else f"{row.size_mb:.2f}"),
@@ -444,7 +447,8 @@ def legend(report: Report) -> tuple[str, ...]:
     lines = [f"Data: {', '.join(f'{key} {value}' for key, value in report.data.items())}."]
     if report.training:
         lines.append(f"Training: {', '.join(f'{key} {_shown(value)}' for key, value in report.training.items())}.")
-    lines.append("Intervals are 95 %: Wilson for top-1, paired (Bonett and Price) for the difference to the ensemble.")
+    paired = ", paired (Bonett and Price) for the difference to the ensemble" if report.reference is not None else ""
+    lines.append(f"Intervals are 95 %: Wilson for top-1{paired}.")
     machine = report.machine
     lines.append(
         f"Machine: {machine.get('cpu', 'unknown CPU')}, {machine.get('cores', '?')} cores, "
@@ -457,6 +461,6 @@ def legend(report: Report) -> tuple[str, ...]:
         lines.append(
             f"Latency: median of one call, {first.get('threads')} thread(s), {first.get('warmup')} calls of warm-up, "
             f"{first.get('iterations')} timed calls, {first.get('restarts')} process(es), models interleaved, "
-            f"{', '.join(runtimes)}; in brackets the speed-up over the ensemble."
+            f"{', '.join(runtimes)}{'; in brackets the speed-up over the ensemble' if report.reference else ''}."
         )
     return tuple(lines)

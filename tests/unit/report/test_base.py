@@ -7,6 +7,7 @@ import pytest
 from kdcompress.errors import InputError, OutputError
 from kdcompress.gate import Drop, SpeedUp, judge
 from kdcompress.report import Report, build_report, read_report, write_report
+from kdcompress.report.markdown import render_markdown
 from tests.unit.report.rows import example, latency, row
 
 
@@ -151,6 +152,7 @@ def test_rows_that_contradict_each_other_are_a_mistake_of_the_caller() -> None:
 def test_a_report_without_an_ensemble_has_no_speed_ups() -> None:
     report = build([row("student", latency=[latency(1, 1.0)])], reference=None)
     assert report.rows[0].latency[0].speed_up is None
+    assert "ensemble" not in render_markdown(report)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"schema_version": 2}'])
