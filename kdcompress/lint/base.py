@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcompress import onnx_graph
+from kdcompress.lint import _plain
 from kdcompress.profiles import Profile
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
@@ -81,21 +82,27 @@ def rule(severity: Severity) -> Callable[[Callable[[Graph, Profile], Iterator[Pl
 class Graph:
     """An ONNX graph with what rules ask of it, each worked out once; branches and loops belong to it.
 
+    Its own functions are written out, sparse constants are dense, and an Identity stands at an output only.
+
     Args:
-        model: an `onnx.ModelProto`; tensors in its branches may be renamed.
+        model: an `onnx.ModelProto`, which may be changed.
         path: its file, if it has one.
     """
 
     def __init__(self, model: Any, path: Path | None = None) -> None:
-        self.model = model
         self.path = path
-        onnx_graph.tell_apart(model)
-        graphs = list(onnx_graph.graphs(model))
+        self.functions = [function.name for function in model.functions]
+        self.model = _plain.inlined(model)
+        self.sparse = _plain.make_dense(self.model)
+        onnx_graph.tell_apart(self.model)
+        _plain.drop_identities(self.model)
+        graphs = list(onnx_graph.graphs(self.model))
         self.nodes: list[Any] = [node for graph in graphs for node in graph.node]
         self.constants: dict[str, Any] = {item.name: item for graph in graphs for item in graph.initializer}
         for node in self.nodes:
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-                self.constants[node.output[0]] = node.attribute[0].t
+            held = _plain.constant_of(node)
+            if held is not None:
+                self.constants[node.output[0]] = held
 
     @property
     def opset(self) -> int:
@@ -144,6 +151,16 @@ class Graph:
             return {name: item.data_type for name, item in self.constants.items()}
 
     @cached_property
+    def shapes(self) -> frozenset[str]:
+        """What is worked out of sizes and constants alone, whatever the images are."""
+        found = set(self.constants)
+        for node in self.nodes:  # in topological order
+            given = [name for name in node.input if name]
+            if node.op_type in ("Shape", "Size") or (found.issuperset(given) and not onnx_graph.bodies(node)):
+                found.update(node.output)
+        return frozenset(found)
+
+    @cached_property
     def is_quantized(self) -> bool:
         """Whether there are Q/DQ pairs."""
         return any(node.op_type == "DequantizeLinear" for node in self.nodes)
@@ -167,12 +184,19 @@ class Graph:
         quantize, dequantize = self.pair(name)
         return str((quantize or dequantize).input[0]) if dequantize is not None else name
 
-    def is_weight(self, node: Any) -> bool:
+    def of_constant(self, node: Any) -> bool:
         """Whether a QuantizeLinear or DequantizeLinear is of a constant."""
         start = self.producers.get(node.input[0])
         return node.input[0] in self.constants or (
             start is not None and start.op_type == "QuantizeLinear" and start.input[0] in self.constants
         )
+
+    def is_weight(self, node: Any) -> bool:
+        """Whether a QuantizeLinear or DequantizeLinear is of a constant that a layer takes as its weight."""
+        made = [node] if node.op_type == "DequantizeLinear" else self.readers.get(node.output[0], [])
+        names = [one.output[0] for one in made]
+        readers = [reader for name in names for reader in self.readers.get(name, ()) if reader.op_type in LAYERS]
+        return self.of_constant(node) and any(reader.input[1] in names for reader in readers)
 
     def zero_point(self, node: Any) -> NDArray[Any] | None:
         """The zero point of a QuantizeLinear or DequantizeLinear, if it is a constant."""
@@ -189,6 +213,14 @@ class Graph:
     def quantizers(self) -> Iterator[Any]:
         """All QuantizeLinear and DequantizeLinear nodes."""
         return (node for node in self.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear"))
+
+
+def attribute_of(node: Any, name: str, default: Any) -> Any:
+    """An attribute of a node, strings as such; the default where it has none of that name."""
+    from onnx import helper
+
+    value = next((helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def name_of(node: Any) -> str:

@@ -12,36 +12,58 @@ from kdcompress.profiles import Number, Profile
 _HALF = 10  # TensorProto.FLOAT16
 _SMALLEST_NORMAL = 2.0**-14
 _LARGEST = 65504.0
+_NUMBERS: dict[str, Number] = {"float16": "fp16", "bfloat16": "bf16"}
+_NOT_IN_TENSORRT = frozenset({"float8e5m2", "float8e4m3fnuz", "float8e5m2fnuz", "uint4"})
+"""Its FP8 is E4M3, its 4-bit integers are signed."""
+_INT4_SINCE = (10, 0)
 _INT64_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Mod", "Pow", "MatMul", "ReduceSum", "CumSum", "TopK"})
-
-
-def _called(element_type: int) -> Number | None:
-    """How a profile calls an element type; None for those that every runtime has, and for integers, which Q/DQ tell."""
-    from onnx import TensorProto
-
-    name = TensorProto.DataType.Name(element_type)
-    names: dict[str, Number] = {"FLOAT16": "fp16", "BFLOAT16": "bf16"}
-    return "fp8" if name.startswith("FLOAT8") else names.get(name)
 
 
 @rule("error")
 def precision_not_there(graph: Graph, profile: Profile) -> Iterator[Place]:
     """Numbers of a type that the device does not compute in: FP8 on Jetson Orin, bf16 on TensorRT 8.
 
-    Why: the engine is not built, or the file is refused.
+    Why: the engine is not built, or the file is refused. (ONNX Runtime is asked itself: `onnxruntime-refuses`.)
     Do: take a precision that `kdcompress show PROFILE` lists.
     """
-    first: dict[Number, tuple[str, int]] = {}
-    for node in graph.nodes:
-        for name in node.output:
-            number = _called(graph.types.get(name, 1))
-            if number is not None and number not in profile.precisions:
-                where, count = first.get(number, (name_of(node), 0))
-                first[number] = where, count + 1
+    first: dict[str, tuple[str, int]] = {}
+    for where, element_type, of_constant in _tensors(graph) if profile.runtime != "onnxruntime" else ():
+        absent = _absent(profile, element_type, of_constant)
+        if absent is not None:
+            told, count = first.get(absent, (where, 0))
+            first[absent] = told, count + 1
     has = ", ".join(profile.precisions)
-    yield from ((where, f"{n} tensors in {number}; {profile.device}: {has}") for number, (where, n) in first.items())
+    yield from ((where, f"{n} tensors in {absent}; {profile.device}: {has}") for absent, (where, n) in first.items())
     if graph.is_quantized and "int8" not in profile.precisions:
         yield "", f"Q/DQ pairs; {profile.device}: {has}"
+
+
+def _tensors(graph: Graph) -> Iterator[tuple[str, int, bool]]:
+    """What nodes make and what is held: where, the element type, and whether it is a constant or its QuantizeLinear."""
+    for node in graph.nodes:
+        of_constant = node.op_type == "QuantizeLinear" and graph.of_constant(node)
+        for name in node.output:
+            if name not in graph.constants:
+                yield name_of(node), graph.types.get(name, 1), of_constant
+    yield from ((name, item.data_type, True) for name, item in graph.constants.items())
+
+
+def _absent(profile: Profile, element_type: int, of_constant: bool) -> str | None:
+    """How an element type that the device does not have is called; None for one that it has.
+
+    Integers of 8 bits and more are told by Q/DQ, or every runtime has them.
+    """
+    from onnx import TensorProto
+
+    name: str = TensorProto.DataType.Name(element_type).lower()
+    if profile.runtime == "tensorrt" and name in _NOT_IN_TENSORRT:
+        return name
+    if profile.runtime == "tensorrt" and name == "int4":
+        if profile.version_parts < _INT4_SINCE:
+            return "int4, in TensorRT since 10.0"
+        return None if of_constant else "int4, which TensorRT has for weights only"
+    number = "fp8" if name.startswith("float8") else _NUMBERS.get(name)
+    return number if number is not None and number not in profile.precisions else None
 
 
 @rule("warning")
@@ -64,14 +86,17 @@ def float64(graph: Graph, profile: Profile) -> Iterator[Place]:
 def int64_arithmetic(graph: Graph, profile: Profile) -> Iterator[Place]:
     """The network computes with 64-bit integers.
 
-    Why: TensorRT 8 casts them to 32 bits, and what does not fit is cut off; shapes and axes are no harm.
+    Why: TensorRT 8 casts them to 32 bits, and what does not fit is cut off. (What is worked out of sizes alone fits.)
     Do: compute with float32 or int32 in the network.
     """
     from onnx import TensorProto
 
     if profile.runtime == "tensorrt" and not profile.typed:
         for node in graph.nodes:
-            if node.op_type in _INT64_ARITHMETIC and graph.types.get(node.output[0]) == TensorProto.INT64:
+            made = node.output[0]
+            if node.op_type not in _INT64_ARITHMETIC or made in graph.shapes:
+                continue
+            if graph.types.get(made) == TensorProto.INT64:
                 yield name_of(node), "makes int64"
 
 

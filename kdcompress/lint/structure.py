@@ -1,40 +1,14 @@
-"""Rules on the file and its operators."""
+"""Rules on the file, its graph and its ends."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from kdcompress import onnx_graph
 from kdcompress.lint.base import Graph, Place, name_of, rule
 from kdcompress.onnx_file import ONE_FILE_BYTES, one_line, side_file, tensors
-from kdcompress.profiles import Profile, Runtime
-
-_STANDARD = frozenset({"", "ai.onnx"})
-_DOMAINS: dict[Runtime, frozenset[str]] = {
-    "onnxruntime": frozenset({*_STANDARD, "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"}),
-    "tensorrt": _STANDARD,
-    "openvino": frozenset({*_STANDARD, "com.microsoft", "org.openvinotoolkit"}),
-}
-_NOT_IN_TENSORRT = frozenset(
-    (
-        *("AffineGrid", "Bernoulli", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Col2Im"),
-        *("CenterCropPad", "Compress", "ConcatFromSequence", "ConvInteger", "DFT", "Det", "DynamicQuantizeLinear"),
-        *("ImageDecoder", "MatMulInteger", "MaxRoiPool", "MaxUnpool", "MelWeightMatrix", "Multinomial"),
-        *("NegativeLogLikelihoodLoss", "Optional", "OptionalGetElement", "OptionalHasElement", "QLinearConv"),
-        *("QLinearMatMul", "RegexFullMatch", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase"),
-        *("SequenceInsert", "SequenceLength", "SequenceMap", "SoftmaxCrossEntropyLoss", "SplitToSequence"),
-        *("StringConcat", "StringNormalizer", "StringSplit", "TfIdfVectorizer", "Unique"),
-    )
-)
-"""By the list of operators of TensorRT 10.15's ONNX parser."""
-_IN_TENSORRT_SINCE = {
-    **dict.fromkeys(("GroupNormalization", "IsInf", "LayerNormalization"), (8, 6)),
-    **{"Hardmax": (9, 2), "DeformConv": (10, 1), "STFT": (10, 5)},
-    **dict.fromkeys(("BlackmanWindow", "HammingWindow", "HannWindow"), (10, 4)),
-}
-"""By the same parser's change log, from 8.5 on."""
+from kdcompress.profiles import Profile
 
 
 @rule("error")
@@ -79,24 +53,6 @@ def opset_too_old(graph: Graph, profile: Profile) -> Iterator[Place]:
     needed = 19 if halves else 13
     if graph.opset < needed:
         yield "", f"opset {graph.opset}, {needed} is needed"
-
-
-@rule("error")
-def unsupported_operator(graph: Graph, profile: Profile) -> Iterator[Place]:
-    """An operator that the runtime does not have.
-
-    Why: the file is refused, or needs a plugin of your own on the device.
-    Do: export again with another form of that layer; QLinear… and com.microsoft operators come from ONNX Runtime's
-    QOperator format or its optimised graphs: quantize to Q/DQ from the file as it was before.
-    """
-    for node in graph.nodes:
-        if node.domain not in _DOMAINS[profile.runtime]:
-            yield name_of(node), f"operator of the domain {node.domain}"
-        elif profile.runtime == "tensorrt" and node.op_type in _NOT_IN_TENSORRT:
-            yield name_of(node), "not in TensorRT"
-        elif profile.runtime == "tensorrt" and profile.version_parts < _IN_TENSORRT_SINCE.get(node.op_type, (0,)):
-            since = ".".join(map(str, _IN_TENSORRT_SINCE[node.op_type]))
-            yield name_of(node), f"in TensorRT since {since}, the profile is of {profile.version}"
 
 
 @rule("warning")
@@ -198,28 +154,23 @@ def fixed_batch(graph: Graph, profile: Profile) -> Iterator[Place]:
             yield value.name, f"batches of {dims[0].dim_value}"
 
 
-@rule("warning")
-def mean_for_pooling(graph: Graph, profile: Profile) -> Iterator[Place]:
-    """A mean over height and width is written as ReduceMean.
+@rule("error")
+def without_ends(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """The graph takes nothing in, or gives nothing out.
 
-    Why: runtimes quantize and fuse GlobalAveragePool; with ReduceMean the tensor goes back to float first. torch's
-    exporter writes it so.
-    Do: `kdcompress export` writes GlobalAveragePool.
+    Why: there is nothing to compute; a runtime refuses the file, or every call of it.
+    Do: name inputs and outputs when exporting, or cut the file with `onnx.utils.extract_model`.
     """
-    for node in graph.nodes if profile.pools_means else ():
-        if graph.ranks.get(node.input[0] if node.input else "") != 4:
-            continue
-        axes = _mean_axes(graph, node)
-        if len(axes) == 1:  # x.mean(3).mean(2) is written as two
-            axes += [axis for reader in graph.readers.get(node.output[0], ()) for axis in _mean_axes(graph, reader)]
-        if sorted(axis % 4 for axis in axes) == [2, 3]:
-            yield name_of(node), "mean over height and width"
+    for ends, called in ((graph.images, "inputs"), (graph.outputs, "outputs")):
+        if not ends:
+            yield "", f"no {called}"
 
 
-def _mean_axes(graph: Graph, node: Any) -> list[int]:
-    """What a ReduceMean runs over; nothing for other operators."""
-    if node.op_type != "ReduceMean":
-        return []
-    axes = graph.value(node.input[1]) if len(node.input) > 1 else None
-    given = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "axes"), [])
-    return [int(axis) for axis in (axes if axes is not None else given)]
+@rule("error")
+def sparse_constants(graph: Graph, profile: Profile) -> Iterator[Place]:
+    """A constant is stored as a sparse tensor, for TensorRT.
+
+    Why: its parser reads dense constants only: the tensor is missing, or the file refused.
+    Do: store it with its zeros: `onnx.numpy_helper.from_array` of the dense array, among the initializers.
+    """
+    yield from ((name, "sparse") for name in graph.sparse if profile.runtime == "tensorrt")

@@ -248,6 +248,7 @@ def to_half(model: Any, keep: Set[str]) -> None:
 
     types, opset = onnx_graph.element_types(model), onnx_graph.opset_of(model)
     constants = {item.name: item for item in model.graph.initializer if item.data_type == TensorProto.FLOAT}
+    scales = {node.input[1] for node in model.graph.node if node.op_type in _PAIR}
     halved: set[str] = set()  # tensors that are fp16 now
     casts: dict[tuple[str, int], str] = {}
     nodes: list[Any] = []
@@ -257,7 +258,10 @@ def to_half(model: Any, keep: Set[str]) -> None:
         if (name, to) not in casts:
             casts[name, to] = made = f"{name}_{suffix}"
             if name in constants:
-                values = numpy_helper.to_array(constants[name]).astype(np.float16)
+                single = numpy_helper.to_array(constants[name])
+                values = single.astype(np.float16)
+                if name in scales:  # of a channel that is all but zeros; a scale of zero is none
+                    values = np.where((values == 0) & (single > 0), np.finfo(np.float16).smallest_subnormal, values)
                 model.graph.initializer.append(numpy_helper.from_array(values, made))
             else:
                 nodes.append(helper.make_node("Cast", [name], [made], name=f"{made}_cast", to=to))

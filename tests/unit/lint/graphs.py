@@ -64,6 +64,38 @@ def insert(model: Any, before: Any, *nodes: Any) -> None:
         model.graph.node.insert(position + offset, node)
 
 
+def dequantizer(model: Any, name: str) -> Any:
+    made = (node for node in model.graph.node if name in node.output and node.op_type == "DequantizeLinear")
+    return next(made, None)
+
+
+def camera(model: Any) -> None:
+    """Makes its input an image of uint8 with channels last: cast first, then transposed, as TensorRT takes it."""
+    image = model.graph.input[0].type.tensor_type
+    image.elem_type = TensorProto.UINT8
+    channels, height, width = (dim.dim_value for dim in image.shape.dim[1:])
+    for dim, length in zip(image.shape.dim[1:], (height, width, channels), strict=True):
+        dim.dim_value = length
+    for node in model.graph.node:
+        node.input[:] = ["transposed" if name == "images" else name for name in node.input]
+    cast = helper.make_node("Cast", ["images"], ["cast"], name="cast", to=TensorProto.FLOAT)
+    transpose = helper.make_node("Transpose", ["cast"], ["transposed"], name="transpose", perm=[0, 3, 1, 2])
+    model.graph.node.insert(0, transpose)
+    model.graph.node.insert(0, cast)
+
+
+def sparse_classifier(model: Any) -> None:
+    """Stores the weight of its Gemm as a sparse tensor."""
+    name = node_of(model, "Gemm").input[1]
+    dense = constant(model, name)
+    held = next(item for item in model.graph.initializer if item.name == name)
+    places = np.arange(0, dense.size, 2)
+    values = numpy_helper.from_array(dense.reshape(-1)[places], name)
+    model.graph.initializer.remove(held)
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(places), list(dense.shape))
+    model.graph.sparse_initializer.append(sparse)
+
+
 def branched(then: str = "Relu", *, domain: str = "") -> Any:
     """A graph whose last activation is one of two, chosen on the way; both are called `chosen` inside.
 

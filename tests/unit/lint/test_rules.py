@@ -15,7 +15,18 @@ from onnx import TensorProto, helper
 from kdcompress.lint import lint, list_rules, structure
 from kdcompress.profiles import get_profile
 from kdcompress.quantize._float_layers import guard_float_layers
-from tests.unit.lint.graphs import branched, constant, findings, graph, insert, node_of, set_constant
+from tests.unit.lint.graphs import (
+    branched,
+    camera,
+    constant,
+    dequantizer,
+    findings,
+    graph,
+    insert,
+    node_of,
+    set_constant,
+    sparse_classifier,
+)
 
 Break = Callable[[Any], None]
 BROKEN: dict[str, tuple[str, str, Break]] = {}
@@ -54,6 +65,56 @@ def opset_too_old(model: Any) -> None:
 def unsupported_operator(model: Any) -> None:
     relu = node_of(model, "Relu")
     relu.op_type, relu.domain = "QLinearSigmoid", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+@broken("fp32", "trt")
+def unsupported_form(model: Any) -> None:
+    pool = node_of(model, "GlobalAveragePool")
+    wide = helper.make_node(
+        "MaxPool", [pool.input[0]], ["wide"], name="wide", kernel_shape=[2, 2], dilations=[2, 2], pads=[1, 1, 1, 1]
+    )
+    insert(model, pool, wide)
+    pool.input[0] = "wide"
+
+
+@broken("fp32", "trt")
+def uint8_inside(model: Any) -> None:
+    """A camera's image is transposed before it is cast."""
+    camera(model)
+    cast, transpose = model.graph.node[:2]
+    transpose.input[0], transpose.output[0] = "images", "early"
+    cast.input[0], cast.output[0] = "early", "transposed"
+    model.graph.node.insert(0, transpose)
+    del model.graph.node[2]
+
+
+@broken("fp32", "trt")
+def training_mode(model: Any) -> None:
+    relu = node_of(model, "Relu")
+    channels = constant(model, node_of(model, "Conv").input[1]).shape[0]
+    for name, value in (("gain", 1), ("shift", 0), ("middle", 0), ("variance", 1)):
+        set_constant(model, name, np.full(channels, value, np.float32))
+    given = [relu.input[0], "gain", "shift", "middle", "variance"]
+    made = ["normalised", "new_middle", "new_variance"]
+    insert(model, relu, helper.make_node("BatchNormalization", given, made, name="norm", training_mode=1))
+    relu.input[0] = "normalised"
+
+
+@broken("fp32", "ort-x86")
+def without_ends(model: Any) -> None:
+    del model.graph.output[:]
+
+
+@broken("fp32", "trt")
+def sparse_constants(model: Any) -> None:
+    sparse_classifier(model)
+
+
+@broken("fp32", "ort-x86")
+def onnxruntime_refuses(model: Any) -> None:
+    relu = node_of(model, "Relu")
+    relu.op_type, relu.domain = "ReluOfNobody", "com.microsoft"
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
@@ -132,12 +193,12 @@ def float64(model: Any) -> None:
 
 @broken("fp32", "trt8.6")
 def int64_arithmetic(model: Any) -> None:
-    set_constant(model, "one", np.array([1]))
+    set_constant(model, "two", np.array([2]))
     insert(
         model,
         node_of(model, "Gemm"),
-        helper.make_node("Shape", ["images"], ["shape"], name="shape"),
-        helper.make_node("Mul", ["shape", "one"], ["same"], name="times"),
+        helper.make_node("Cast", ["images"], ["whole"], name="whole", to=TensorProto.INT64),
+        helper.make_node("Mul", ["whole", "two"], ["twice"], name="twice"),
     )
 
 
@@ -195,6 +256,14 @@ def nonzero_zero_point(model: Any) -> None:
 def asymmetric_weights(model: Any) -> None:
     zero = dequantizer(model, node_of(model, "Conv", 2).input[1]).input[2]
     set_constant(model, zero, np.arange(constant(model, zero).size, dtype=np.int8))
+
+
+@broken("trt", "openvino")
+def scale_not_positive(model: Any) -> None:
+    name = node_of(model, "QuantizeLinear").input[1]
+    scale = constant(model, name).copy()
+    scale.reshape(-1)[0] = 0
+    set_constant(model, name, scale)
 
 
 @broken("trt", "trt")
@@ -344,11 +413,6 @@ def output_quantized(model: Any) -> None:
 @broken("fp32", "ort-x86")
 def saturates_without_vnni(model: Any) -> None:
     model.CopyFrom(graph("ort-x86"))
-
-
-def dequantizer(model: Any, name: str) -> Any:
-    made = (node for node in model.graph.node if name in node.output and node.op_type == "DequantizeLinear")
-    return next(made, None)
 
 
 def square(model: Any, conv: Any) -> bool:

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from kdcompress.bundle import Bundle
 from kdcompress.errors import InputError, ShapeError, VerificationError
+from kdcompress.lint import lint
 from kdcompress.profiles import get_profile
 from kdcompress.quantize._answers import predict
 from kdcompress.quantize.fp16 import QUANTIZER, Fp16Quantizer, convert, largest_values
@@ -194,6 +195,28 @@ def test_the_rest_of_an_int8_bundle_becomes_fp16(tmp_path: Path) -> None:
             assert [producers[name] for name in node.input[:2]] == ["DequantizeLinear"] * 2, "no Cast in between"
     with pytest.raises(InputError, match="typed graphs, ort-x86 is none"):
         QUANTIZER.run(int8, images[:8], tmp_path / "x", profile=get_profile("ort-x86"))
+
+
+def test_the_scale_of_a_dead_channel_does_not_become_zero(tmp_path: Path) -> None:
+    scales = np.array([0.01, 2e-9, 3e-5], np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["integers", "scales"], ["weight"], axis=0, name="dq"),
+        helper.make_node("Conv", ["images", "weight"], ["logits"], name="conv"),
+    ]
+    integers = np.array([[[[100]]], [[[3]]], [[[-50]]]], np.int8)
+    path = written(tmp_path, nodes, {"integers": integers, "scales": scales})
+    model, _ = convert(path, IMAGES)
+    dequantize = next(node for node in model.graph.node if node.op_type == "DequantizeLinear")
+    halves = next(numpy_helper.to_array(item) for item in model.graph.initializer if item.name == dequantize.input[1])
+    assert halves.dtype == np.float16
+    assert halves[1] == np.finfo(np.float16).smallest_subnormal
+    np.testing.assert_allclose(halves[[0, 2]], scales[[0, 2]], rtol=1e-3)
+    assert not [one for one in rules_of(model, tmp_path) if one == "scale-not-positive"]
+
+
+def rules_of(model: Any, folder: Path) -> list[str]:
+    onnx.save(model, str(folder / "linted.onnx"))
+    return [finding.rule for finding in lint(folder / "linted.onnx", TRT)]
 
 
 def test_converting_again_gives_the_same_bytes(fp16_bundle: Bundle, tmp_path: Path) -> None:
