@@ -193,7 +193,8 @@ def judge(
         answers.add("cannot decide")
         reasons.append(unjudged or "There were no images to judge the accuracy on.")
     else:
-        said = f"top-1 drops by {drop.told} on {drop.n:,} images ({drop.images})"
+        way = "top-1 drops by" if drop.value >= 0 else "top-1 does not drop:"
+        said = f"{way} {drop.told} on {drop.n:,} images ({drop.images})"
         if drop.high <= max_drop:
             reasons.append(f"Accuracy: {said}: within {100 * max_drop:g}.")
         elif drop.low > max_drop:
@@ -250,6 +251,19 @@ def write_verdict(folder: Path, verdict: Verdict, bundle: str, evidence: Mapping
         handle.write(text + "\n")
 
 
+def read_evidence(folder: Path) -> dict[str, Any]:
+    """What the verdict in a bundle's folder rests on; empty where there is none.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    document = _document(folder)
+    found = {} if document is None else document.get("evidence")
+    if not isinstance(found, dict):
+        raise _damaged(folder)
+    return found
+
+
 def read_verdict(folder: Path, bundle: str) -> Verdict | None:
     """The verdict on a bundle; None where none was written, or it is about a bundle that stood there before.
 
@@ -260,14 +274,30 @@ def read_verdict(folder: Path, bundle: str) -> Verdict | None:
     Raises:
         BundleError: the file is damaged.
     """
+    document = _document(folder)
+    if document is None:
+        return None
+    try:
+        if document["bundle"] != bundle:
+            return None
+        found: Verdict = TypeAdapter(Verdict).validate_python(document["verdict"])
+    except (KeyError, ValidationError) as error:
+        raise _damaged(folder) from error
+    return found
+
+
+def _document(folder: Path) -> dict[str, Any] | None:
     file = folder / GATE_FILE
     if not file.is_file():
         return None
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        if document["bundle"] != bundle:
-            return None
-        found: Verdict = TypeAdapter(Verdict).validate_python(document["verdict"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise BundleError(f"{GATE_FILE} is damaged", where=str(folder), fix="quantize again") from error
-    return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder) from error
+    if not isinstance(document, dict):
+        raise _damaged(folder)
+    return document
+
+
+def _damaged(folder: Path) -> BundleError:
+    return BundleError(f"{GATE_FILE} is damaged", where=str(folder), fix="quantize again")

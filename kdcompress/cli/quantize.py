@@ -26,7 +26,7 @@ from kdcompress.cli._foreign import takes_onnx_files
     type=click.Choice(["minmax", "entropy", "percentile", "auto"]),
     default="minmax",
     show_default=True,
-    help="How the ranges of activations are found; auto tries all on one half of val.",
+    help="How the ranges of activations are found; auto tries all on the images for choosing.",
 )
 @click.option(
     "--max-drop",
@@ -44,7 +44,11 @@ from kdcompress.cli._foreign import takes_onnx_files
     show_default=True,
     help="Over the best of fp32 and fp16, at the lower end of its interval.",
 )
-@click.option("--mixed/--no-mixed", default=True, help="Layers may stay in fp32 [default: where it helps].")
+@click.option(
+    "--mixed/--no-mixed",
+    default=True,
+    help="Layers may stay in fp32, other layouts be tried [default: where it helps].",
+)
 @click.option("--sensitivity", is_flag=True, help="Measure each layer's, even where nothing asks for it.")
 @click.option(
     "--reference",
@@ -95,12 +99,13 @@ def command(
 ) -> None:
     """Write an INT8 or fp16 ONNX of a student, made on real training images.
 
-    INT8 is kept only if it is measurably faster than the best of fp32 and fp16 on the target and its top-1 drops by no
-    more than allowed; what was found stands in gate.json. Without RUN the newest run under runs/ is taken.
+    INT8 is recommended only if it is measurably faster than the best of fp32 and fp16 on the target and its top-1 drops
+    by no more than allowed; what fails is not kept. What was found stands in gate.json. Without RUN the newest run
+    under runs/ is taken.
 
     \b
     kdcompress quantize runs/mine --for ort-x86
-    kdcompress quantize --qat runs/mine --for ort-x86 train.epochs=4 train.lr=0.0001
+    kdcompress quantize --qat runs/mine --for ort-x86 train.epochs=4 train.lr=0.01
     """
     from kdcompress.errors import InputError
     from kdcompress.pipeline._verdict import Limits

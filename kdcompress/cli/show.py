@@ -32,7 +32,9 @@ def command(name: str) -> None:
         click.echo(dump_recipe(build_recipe(read_recipe(name), where=name)), nl=False)
     else:
         known = [*methods, *weightings, *list_recipes(), *PROFILES]
-        raise InputError(unknown_name("method or recipe", name, known), fix="or MODULE:Class for one of your own")
+        raise InputError(
+            unknown_name("method, weighting, recipe or profile", name, known), fix="or MODULE:Class for one of your own"
+        )
 
 
 def describe_own(name: str) -> str:

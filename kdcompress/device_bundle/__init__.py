@@ -124,10 +124,11 @@ def write_device_bundle(
             "provenance": {precision: list(bundle.provenance) for precision, bundle in flavours.items()},
         }
         (folder / DEVICE_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        real = 0 if images is None else len(images)
         labels = "".join(" ".join(name.split()) + "\n" for name in first.classes)
         (folder / "labels.txt").write_text(labels, encoding="utf-8")
-        (folder / "MODEL_CARD.md").write_text(render_card(flavours, profile, card), encoding="utf-8")
-        write_texts(folder, deploy_folder(), flavours, profile, best_of(flavours, profile, card))
+        (folder / "MODEL_CARD.md").write_text(render_card(flavours, profile, card, real), encoding="utf-8")
+        write_texts(folder, deploy_folder(), flavours, profile, best_of(flavours, profile, card), real)
         _write_manifest(folder)
     return out
 

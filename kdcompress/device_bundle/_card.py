@@ -44,8 +44,8 @@ def weights_of(bundle: Bundle, card: Card) -> list[dict[str, Any]]:
     return found
 
 
-def render_card(flavours: Mapping[Precision, Bundle], profile: Profile, card: Card) -> str:
-    """MODEL_CARD.md."""
+def render_card(flavours: Mapping[Precision, Bundle], profile: Profile, card: Card, real: int) -> str:
+    """MODEL_CARD.md; `real` of the golden pictures are images of the user's."""
     first = next(iter(flavours.values()))
     step: Mapping[str, Any] = first.provenance[0] if first.provenance else {}
     p = first.preprocess
@@ -59,6 +59,7 @@ def render_card(flavours: Mapping[Precision, Bundle], profile: Profile, card: Ca
         f"- Images of another size: {_RESIZING[p.resize]}.",
         f"- Classes, in the order of the logits: {', '.join(first.classes[:20])}"
         + (f" … ({first.num_classes}, see labels.txt)." if first.num_classes > 20 else "."),
+        *([f"- {real} of its calibration images are in `golden/` (`image-N.png`)."] if real else []),
         "",
         "## Accuracy",
         *_accuracy(flavours, card),
@@ -122,7 +123,11 @@ def _weights(bundle: Bundle, card: Card) -> list[str]:
         return ["- Nothing was said about them."]
     lines = []
     for weight in found:
-        facts = [f"{key} {_shown(value)}" for key, value in weight.items() if key not in ("role", "licence") and value]
+        facts = [
+            f"{key.replace('_', ' ')}: {_shown(value)}"
+            for key, value in weight.items()
+            if key not in ("role", "licence") and value
+        ]
         licence = weight.get("licence") or _UNKNOWN
         lines.append(f"- {weight['role']}: {', '.join(facts)}; licence: {licence}")
     if any(not weight.get("licence") for weight in found):

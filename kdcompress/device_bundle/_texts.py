@@ -16,12 +16,16 @@ _MAX_BATCH = 32
 _TIMING = " --useCudaGraph --useSpinWait --noDataTransfers"
 _CONTAINERS: Mapping[str, str] = {"trt8.5": "22.12", "trt8.6": "23.12", "trt10.3": "24.08", "trt10.13": "25.09"}
 """Profile → the NGC image that comes with that TensorRT; there is none to name for the others."""
+_ENGINES = """A TensorRT engine belongs to one version of TensorRT and one GPU. `run.py` builds it here, keeps it in
+`engines/`, and builds it again where either has changed. It refuses an engine in which nothing computes in the
+precision asked for.
+"""
 _OPSET_OF_8 = 17
 _FLAGS_OF_8: Mapping[str, str] = {"fp32": "--noTF32", "fp16": "--noTF32 --fp16", "int8": "--noTF32 --fp16 --int8"}
 
 
 def write_texts(
-    folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle], profile: Profile, best: Precision
+    folder: Path, deploy: Path, flavours: Mapping[Precision, Bundle], profile: Profile, best: Precision, real: int
 ) -> None:
     """Writes all of them.
 
@@ -31,6 +35,7 @@ def write_texts(
         flavours: the models in it.
         profile: what they are for.
         best: which of them to use.
+        real: how many of the golden pictures are images of the user's.
     """
     first = next(iter(flavours.values()))
     name = re.sub(r"[^A-Za-z0-9_-]", "_", first.arch)
@@ -40,7 +45,9 @@ def write_texts(
         "device": profile.device,
         "precisions": ", ".join(flavours),
         "classes": str(first.num_classes),
-        "dims": ", ".join(map(str, _shape(first))),
+        "dims": " × ".join(map(str, _shape(first))),
+        "pictures": f"synthetic pictures{f' and {real} of the calibration images (`image-N.png`)' if real else ''}",
+        "engines": _ENGINES if profile.runtime == "tensorrt" else "",
         "type": "8 bits, 0 to 255" if first.interface.input == "uint8-nhwc" else "float32 in [0, 1]",
         "order": "last" if first.interface.input == "uint8-nhwc" else "first",
         "scaling": "leave 0 to 255" if first.interface.input == "uint8-nhwc" else "divide by 255",
@@ -49,8 +56,9 @@ def write_texts(
         "best": best,
         **_triton_fields(flavours, profile, best),
         "target": _target(profile),
-        "container": f"BASE=nvcr.io/nvidia/tensorrt:{tag}-py3" if (tag := _CONTAINERS.get(profile.name)) else "BASE",
-        "version": profile.version if profile.runtime == "tensorrt" else "your choice",
+        "base": f"=nvcr.io/nvidia/tensorrt:{tag}-py3" if (tag := _CONTAINERS.get(profile.name)) else "",
+        "given": "" if tag else "--build-arg BASE=IMAGE ",
+        "version": profile.version,
     }
 
     def fill(source: Path, destination: Path) -> None:
@@ -62,9 +70,9 @@ def write_texts(
     (folder / "targets").mkdir()
     for file in sorted((deploy / "targets").glob("*.md")):
         shutil.copyfile(file, folder / "targets" / file.name)
-    for file in sorted(deploy.glob("Dockerfile.*")):
-        text = Template(file.read_text(encoding="utf-8")).safe_substitute(fields)  # Docker's own variables stay
-        (folder / file.name).write_text(text, encoding="utf-8")
+    container = deploy / f"Dockerfile.{'tensorrt' if profile.runtime == 'tensorrt' else 'onnxruntime'}"
+    text = Template(container.read_text(encoding="utf-8")).safe_substitute(fields)  # Docker's own variables stay
+    (folder / container.name).write_text(text, encoding="utf-8")
     fill(deploy / "triton" / "config.pbtxt", folder / "triton" / name / "config.pbtxt")
     fill(deploy / "triton" / "README.md", folder / "triton" / "README.md")
     shutil.copyfile(folder / "labels.txt", folder / "triton" / name / "labels.txt")

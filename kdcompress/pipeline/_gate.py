@@ -16,11 +16,13 @@ from kdcompress.data import Split, Splits, counts_as_seen, eval_batches, seen_im
 from kdcompress.errors import DataError, InputError
 from kdcompress.evaluate import predict_all
 from kdcompress.gate import (
+    LEAST_RESTARTS,
     Drop,
     SpeedUp,
     Verdict,
     accuracy_drop,
     judge,
+    read_evidence,
     read_verdict,
     speed_up,
     write_verdict,
@@ -226,8 +228,8 @@ def believe(verdict: Verdict, bundle: Bundle, others: Sequence[Bundle], measurem
 def renew_verdicts(bundles: Mapping[str, Bundle], measurements: Sequence[Measurement]) -> dict[str, Verdict]:
     """Writes the verdict on each INT8 bundle that was timed on its target; those it was not asked about stay.
 
-    One process says nothing about the spread of a speed-up: a bundle timed in one keeps its verdict, and so does one
-    that was timed against more rivals before.
+    Fewer than five processes say little about the spread of a speed-up: a bundle timed in so few keeps its verdict, and
+    so does one that was timed against more rivals before.
 
     Args:
         bundles: name -> bundle, all of one run.
@@ -244,13 +246,14 @@ def renew_verdicts(bundles: Mapping[str, Bundle], measurements: Sequence[Measure
     for measurement in measurements:
         for name, bundle in bundles.items():
             before, mine = renewed.get(name) or known[name], measurement.of(bundle.digest)
-            if before is None or mine is None or len(mine.latency_ms) < 2:
+            if before is None or mine is None or len(mine.latency_ms) < LEAST_RESTARTS:
                 continue
             verdict = believe(before, bundle, list(bundles.values()), measurement)
             if {entry.rival for entry in verdict.speed_ups} < {entry.rival for entry in before.speed_ups}:
                 continue  # that one knew more rivals
             renewed[name], sources[name] = verdict, measurement
     for name, verdict in renewed.items():
-        bundle, evidence = bundles[name], {"measurement": sources[name].model_dump(mode="json")}
+        bundle, measured = bundles[name], sources[name].model_dump(mode="json")
+        evidence = read_evidence(bundle.path) | {"measurement": measured}
         write_verdict(bundle.path, verdict, bundle.digest, evidence)
     return renewed

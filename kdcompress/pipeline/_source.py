@@ -28,6 +28,12 @@ class Source:
     folder: Path
     run: RunFolder | None
 
+    @property
+    def spoken(self) -> str:
+        """How the bundle's interface differs from the usual one, where its folder is named so: "" or "-batch4" …"""
+        changes = self.bundle.interface.changes
+        return changes if self.bundle.path.name.endswith(changes) else ""
+
     def saw_val(self, splits: Splits, data: str | None) -> bool | None:
         """Whether the student was trained on images of val; None: not known.
 

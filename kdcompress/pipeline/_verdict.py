@@ -124,7 +124,7 @@ def keep(
     judged: JudgedImages,
     force: bool,
     replace: bool,
-    again: str = "--force",
+    again: str = "--force keeps it all the same",
     files: Mapping[str, str] | None = None,
 ) -> Bundle:
     """Says the verdict, and puts the bundle with its `gate.json` where it belongs, unless it fails.
@@ -137,7 +137,7 @@ def keep(
         judged: the images that decided.
         force: keep it even if it fails.
         replace: take the place of an existing folder.
-        again: what keeps it if it fails, as typed.
+        again: what keeps it if it fails, in words.
         files: name -> text of what else goes into the folder.
 
     Raises:
@@ -148,7 +148,8 @@ def keep(
     for sentence in (*verdict.reasons, *([judged.note] if judged.note else [])):
         speak.print(f"  {sentence}")
     if verdict.answer == "fail" and not force:
-        fix = f"nothing was kept; {again} keeps it all the same"
+        older = "; what stands there is from before" if (out / BUNDLE_FILE).is_file() else ""
+        fix = f"the new file was not kept; {again}{older}"
         raise GateError(f"INT8 fails the gate. {verdict.failures[0]}", where=str(out), fix=fix)
     with atomic_folder(out, replace=BUNDLE_FILE if replace else None) as place:
         for file in made.path.iterdir():  # not copytree: its error is a list, from which a full disk cannot be told

@@ -119,7 +119,8 @@ class RunFolder:
             path = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
         if not (path / RECIPE_FILE).is_file():
             what = "does not exist" if not path.exists() else f"is not a run: it has no {RECIPE_FILE}"
-            raise InputError(f"{path} {what}", fix="name a folder that kdcompress distill or train wrote")
+            bundle = " (of a bundle, add --data)" if (path / BUNDLE_FILE).is_file() else ""
+            raise InputError(f"{path} {what}", fix=f"name a folder that kdcompress distill or train wrote{bundle}")
         return cls(path)
 
     @classmethod

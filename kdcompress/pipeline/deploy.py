@@ -114,7 +114,8 @@ def convert_to_fp16(
         require_empty(out)
     start, chosen = find_source(source), choose_profile(profile)
     bundle = start.bundle
-    folder = out or start.folder / (f"onnx-int8-fp16-{chosen.name}" if bundle.precision == "int8" else "onnx-fp16")
+    name = f"onnx-int8-fp16-{chosen.name}" if bundle.precision == "int8" else "onnx-fp16"
+    folder = out or start.folder / f"{name}{start.spoken}"
     require_replaceable(folder, BUNDLE_FILE if out is None else None)
     images = find_images(start, data)
     with scratch_folder() as scratch:
@@ -132,7 +133,8 @@ def convert_to_fp16(
             judged = judged_images(splits, saw, picks=False, digests=start.training_digests())
             limits = Limits(before.max_drop, before.min_speed_up, restarts=0)
             held = hold_to(fp32, made, judged, limits, profile=chosen, calibration=images, scratch=scratch)
-            made = keep(made, *held, folder, judged=judged, force=False, replace=out is None)
+            again = "quantize the INT8 file with a larger --max-drop"
+            made = keep(made, *held, folder, judged=judged, force=False, replace=out is None, again=again)
         warn_of_findings(made.model_path, chosen)
         smaller = bundle.size_mb / made.size_mb
     step = made.provenance[-1]
@@ -140,14 +142,14 @@ def convert_to_fp16(
     difference, largest = told["largest_difference"], told["largest_logit"]
     speak = console()
     speak.print(
-        f"{made.path} · {made.size_mb:.3f} MB ({smaller:.1f} × smaller) · the class of "
-        f"{told['with']} for {told['value']:.2%} of {told['images']} images, logits differ by {difference} at most "
+        f"{made.path} · {made.size_mb:.3f} MB ({smaller:.1f} × smaller) · the same class as {told['with']} for "
+        f"{told['value']:.2%} of {told['images']} images, logits differ by {difference} at most "
         f"(the largest is {largest})"
     )
     if kept:
         speak.print(f"note: {len(kept)} operators stay float32, fp16 does not hold their numbers: {kept[0]} …")
     if chosen.note:
-        speak.print(f"note: {chosen.name} {chosen.note}")
+        speak.print(f"note: {chosen.name}: {chosen.note}")
     return made
 
 

@@ -35,8 +35,8 @@ def merge(source: Path | None, files: Sequence[Path]) -> Report | None:
     renewed = renew_verdicts(bundles, list(measured.values()))
     for file, found in measured.items():
         speak.print(f"{file}: {found.profile}, {found.place}")
-        if len(found.models[0].latency_ms) < 2:
-            speak.print(f"note: timed in one process; the gate judges by {LEAST_RESTARTS} or more")
+        if (processes := len(found.models[0].latency_ms)) < LEAST_RESTARTS:
+            speak.print(f"note: timed in {processes} process(es); the gate judges by {LEAST_RESTARTS} or more")
         keep(run, found)
     for name, verdict in renewed.items():
         speak.print(f"gate · {name} · {verdict}")

@@ -117,7 +117,7 @@ def quantize_aware(
         with resumable(folder.path):
             made = write(plan, result, parts, folder, scratch, timing)
             verdict, evidence = _hold_to(plan, made, judged, held_to, scratch)
-        again = "--resume --force"
+        again = "--resume --force keeps it all the same"
         kept = keep(made, verdict, evidence, place, judged=judged, force=force, replace=out is None, again=again)
     agreed = kept.provenance[-2]["agreement"]["value"]
     told = f"{kept.size_mb:.3f} MB · the trained student's class for {agreed:.2%} of images · {advice(verdict)}"

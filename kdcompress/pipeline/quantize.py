@@ -106,7 +106,7 @@ def quantize(
     saw = start.saw_val(splits, data)
     picks = mixed or calibration == "auto"
     judged = judged_images(splits, saw, picks=picks, digests=start.training_digests())
-    folder = out or start.folder / f"onnx-int8-{chosen.name}"
+    folder = out or start.folder / f"onnx-int8-{chosen.name}{start.spoken}"
     require_replaceable(folder, BUNDLE_FILE if out is None else None)
     with scratch_folder() as scratch:
         bundle = start.bundle

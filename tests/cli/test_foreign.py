@@ -38,6 +38,7 @@ def test_it_is_quantized_exported_and_reported_beside_itself(shop: Shop, file: P
     shop.must("report", "lonely.onnx", "--data", "digits", "--restarts", "1", "--batch-sizes", "1")
     rows = json.loads((shop.folder / "lonely" / "report.json").read_text(encoding="utf-8"))["rows"]
     assert [row["name"] for row in rows] == ["onnx-fp32", "onnx-fp16", names[2]]
+    assert [row["spoken"] for row in rows] == ["", "", "-uint8-nhwc-probabilities"]
     assert len({round(row["accuracy"]["top1"], 2) for row in rows}) == 1
 
 
@@ -51,6 +52,15 @@ def test_a_device_bundle_has_fp16_beside_int8_where_there_are_images_to_make_it_
     said = shop.must(*words, "edge-with", "--data", "digits")
     assert "fp32, fp16, int8 for jetson-orin" in said
     assert sorted(path.name for path in (shop.folder / "edge").iterdir()) == ["onnx-fp32", "onnx-int8-jetson-orin"]
+
+
+def test_what_is_made_of_another_interface_is_named_after_it(shop: Shop, file: Path) -> None:
+    shutil.copy(file, shop.folder / "two.onnx")
+    shop.must("export", "two.onnx", "--data", "digits", "--batch", "2")
+    for words in (("two.onnx",), ("two/onnx-fp32-batch2",)):
+        shop.must("quantize", *words, "--data", "digits", "--for", "trt11", "--no-mixed", "--restarts", "0")
+    names = ["onnx-fp32", "onnx-fp32-batch2", "onnx-int8-trt11", "onnx-int8-trt11-batch2"]
+    assert sorted(path.name for path in (shop.folder / "two").iterdir()) == names
 
 
 def test_what_was_told_once_holds_for_the_same_file(shop: Shop, file: Path) -> None:

@@ -61,6 +61,9 @@ def test_no_image_of_the_users_is_in_it_unless_asked_for(tmp_path: Path) -> None
     pictures = [f"{number}.jpg" for number in range(1, 7)]
     assert sorted(path.name for path in (without / "golden").iterdir()) == [*pictures, "expected.npz"]
     asked = write_device_bundle(tmp_path / "b", {"fp32": onnx_bundle()}, profile=PROFILE, card=Card(), images=images)
+    for name in ("README.md", "MODEL_CARD.md"):
+        assert "2 of " in (asked / name).read_text(encoding="utf-8")
+        assert "calibration images" not in (without / name).read_text(encoding="utf-8")
     kept = np.asarray(Image.open(asked / "golden" / "image-2.png"))
     assert np.array_equal(kept, (images[1, 0] * 255).round().to(torch.uint8).numpy())
 
@@ -103,12 +106,19 @@ def test_the_texts_fit_the_profile_and_have_no_gaps(profile: str, tmp_path: Path
     assert "dims: [ 10 ]" in config
     for text in (readme, config):
         assert "$" not in text
-    runtime, container = get_profile(profile).runtime, (folder / "Dockerfile.tensorrt").read_text(encoding="utf-8")
-    base = next(line for line in container.splitlines() if line.startswith("ARG "))
-    named = {"trt8.5": "22.12", "trt8.6": "23.12", "trt10.3": "24.08", "trt10.13": "25.09"}.get(profile)
-    assert base == (f"ARG BASE=nvcr.io/nvidia/tensorrt:{named}-py3" if named else "ARG BASE")
-    assert "FROM ${BASE}\n" in container
-    assert '-v "$PWD/engines' in container
+    runtime = get_profile(profile).runtime
+    (file,) = folder.glob("Dockerfile.*")
+    assert file.name == ("Dockerfile.tensorrt" if runtime == "tensorrt" else "Dockerfile.onnxruntime")
+    container = file.read_text(encoding="utf-8")
+    if runtime == "tensorrt":
+        base = next(line for line in container.splitlines() if line.startswith("ARG "))
+        named = {"trt8.5": "22.12", "trt8.6": "23.12", "trt10.3": "24.08", "trt10.13": "25.09"}.get(profile)
+        assert base == (f"ARG BASE=nvcr.io/nvidia/tensorrt:{named}-py3" if named else "ARG BASE")
+        assert ("docker build --build-arg BASE=IMAGE -f" in container) is (named is None)
+        assert "FROM ${BASE}\n" in container
+        assert '-v "$PWD/engines' in container
+    assert ("`engines/`" in readme) is (runtime == "tensorrt")
+    assert "takes `images` (batch × 1 × 8 × 8, float32 in [0, 1])" in readme
     assert f"KIND_{'GPU' if runtime == 'tensorrt' else 'CPU'}" in config
     served = (folder / "triton" / "README.md").read_text(encoding="utf-8")
     assert ("--gpus all -p 8000" in served) is (runtime == "tensorrt")
@@ -130,7 +140,7 @@ def test_the_texts_say_how_the_models_are_spoken_to(tmp_path: Path) -> None:
     assert "hapes=" not in (folder / "trtexec.md").read_text(encoding="utf-8")
     assert "8 × 8 × 1 images of 8 bits" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert "8 bits, 0 to 255, 3 × 8, 8, 1, and gives\n  `probabilities`" in readme
+    assert "takes `images` (3 × 8 × 8 × 1, 8 bits, 0 to 255) and gives\n  `probabilities`" in readme
     flavours: dict[Precision, Bundle] = {"fp32": bundle, "fp16": onnx_bundle()}
     with pytest.raises(InputError, match="not an ONNX bundle of the same student"):
         write_device_bundle(tmp_path / "b", flavours, profile=PROFILE, card=Card())

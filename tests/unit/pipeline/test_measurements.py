@@ -9,7 +9,7 @@ import pytest
 
 from kdcompress.bundle import Bundle
 from kdcompress.errors import InputError
-from kdcompress.gate import Drop, judge, read_verdict, write_verdict
+from kdcompress.gate import Drop, judge, read_evidence, read_verdict, write_verdict
 from kdcompress.pipeline._gate import renew_verdicts
 from kdcompress.pipeline._measurements import read_checked
 from kdcompress.profiles import get_profile
@@ -75,11 +75,15 @@ def test_what_contradicts_the_run_or_itself_is_refused(
     assert caught.value.where == str(file)
 
 
-def test_one_process_renews_no_verdict(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [1, 4])
+def test_few_processes_renew_no_verdict(few: int, bundles: dict[str, Bundle], tmp_path: Path) -> None:
     made = bundles["int8"]
     before = judge(Drop(0.0, -0.001, 0.004, 3000, 9, "val"), (), max_drop=0.01)
-    write_verdict(made.path, before, made.digest, {})
-    assert renew_verdicts(bundles, [read_checked(written(tmp_path, document(bundles, 1)), bundles)]) == {}
+    write_verdict(made.path, before, made.digest, {"tried": ["minmax"]})
+    assert renew_verdicts(bundles, [read_checked(written(tmp_path, document(bundles, few)), bundles)]) == {}
     assert read_verdict(made.path, made.digest) == before
     renewed = renew_verdicts(bundles, [read_checked(written(tmp_path, document(bundles)), bundles)])
     assert renewed["int8"].answer == "pass"
+    evidence = read_evidence(made.path)
+    assert evidence["tried"] == ["minmax"], "what was found before stays"
+    assert evidence["measurement"]["profile"]

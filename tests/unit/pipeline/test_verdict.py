@@ -32,10 +32,15 @@ def test_what_fails_is_not_written_and_the_way_to_keep_it_is_named(tmp_path: Pat
             judged=JUDGED,
             force=False,
             replace=False,
-            again="--resume --force",
+            again="--resume --force keeps it all the same",
         )
-    assert caught.value.fix == "nothing was kept; --resume --force keeps it all the same"
+    assert caught.value.fix == "the new file was not kept; --resume --force keeps it all the same"
     assert not (tmp_path / "out").exists()
+    older = keep(onnx_bundle(), verdict(1.5), {}, tmp_path / "out", judged=JUDGED, force=False, replace=False)
+    with pytest.raises(GateError) as caught:
+        keep(onnx_bundle(), said, {}, tmp_path / "out", judged=JUDGED, force=False, replace=True)
+    assert caught.value.fix.endswith("; what stands there is from before")
+    assert read_verdict(older.path, older.digest) == verdict(1.5)
 
 
 @pytest.mark.parametrize(("ratio", "force"), [(1.5, False), (0.9, True)])
