@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -188,14 +188,18 @@ class Bundle:
         return read_safetensors(file)["digests"] if file.exists() else None
 
 
+_MOST_CHANNELS, _LONGEST_SIDE, _LARGEST_BATCH = 4096, 16384, 65536
+"""More than any classifier has: what a file from elsewhere says beyond that would only fill the memory."""
+
+
 class _PreprocessDocument(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    channels: int
-    height: int
-    width: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    channels: int = Field(ge=1, le=_MOST_CHANNELS)
+    height: int = Field(ge=1, le=_LONGEST_SIDE)
+    width: int = Field(ge=1, le=_LONGEST_SIDE)
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
     resize: Resize
 
 
@@ -204,7 +208,7 @@ class _InterfaceDocument(BaseModel):
 
     input: InputLayout = "float-nchw"
     output: OutputKind = "logits"
-    batch: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1, le=_LARGEST_BATCH)
 
 
 class _BundleDocument(BaseModel):
@@ -213,7 +217,7 @@ class _BundleDocument(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["kdcompress/bundle"]
-    schema_version: int
+    schema_version: Literal[1]
     kind: Kind
     precision: Precision
     file: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")
@@ -299,6 +303,12 @@ def write_bundle(
     return bundle
 
 
+def bundle_folders(folder: Path) -> list[Path]:
+    """The folders of bundles in a folder, sorted; not what is being written there, or was left by a process that was
+    killed."""
+    return sorted(file.parent for file in folder.glob(f"*/{BUNDLE_FILE}") if not file.parent.name.startswith("."))
+
+
 def model_metadata(bundle: Bundle, provenance: tuple[Mapping[str, Any], ...]) -> dict[str, str]:
     """What a model file of `bundle` says of itself, so that it can be used alone: JSON, but for the name.
 
@@ -339,10 +349,10 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path} is not a bundle: it has no {BUNDLE_FILE}", fix=fix)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{BUNDLE_FILE} cannot be read: {error}", where=str(file)) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if type(version) is int and version > SCHEMA_VERSION:
         raise BundleError(
             f"schema version {version}, this kdcompress reads {SCHEMA_VERSION}",
             where=str(file),
@@ -355,8 +365,12 @@ def read_bundle(path: Path) -> Bundle:
         place = ".".join(str(part) for part in first["loc"])
         raise BundleError(f"{place or BUNDLE_FILE}: {first['msg']}", where=str(file)) from error
     fields = document.model_dump(exclude={"format", "schema_version", "preprocess", "interface"})
-    preprocess, interface = document.preprocess.model_dump(), document.interface.model_dump()
-    bundle = Bundle(path=path, preprocess=Preprocess(**preprocess), interface=Interface(**interface), **fields)
+    try:
+        preprocess = Preprocess(**document.preprocess.model_dump())
+    except BundleError as error:
+        error.where = str(file)
+        raise
+    bundle = Bundle(path=path, preprocess=preprocess, interface=Interface(**document.interface.model_dump()), **fields)
     if not bundle.model_path.is_file():
         raise BundleError(f"the model file {bundle.file} is missing", where=str(path))
     found = file_digest(bundle.model_path)

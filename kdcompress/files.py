@@ -1,18 +1,24 @@
 """Writing that never leaves half a file: a temporary name beside the target, fsync, rename."""
 
 import contextlib
+import ctypes
 import errno
+import glob
 import hashlib
 import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from kdcompress.errors import InputError, KdcompressError, OutputError, RunError
+
+_REMAINS_S = 24 * 3600
+"""What lies there longer belongs to no process any more."""
 
 
 def output_error(path: Path, error: OSError) -> KdcompressError:
@@ -70,6 +76,9 @@ def atomic_folder(path: Path, *, replace: str | None = None) -> Iterator[Path]:
         OutputError: `path` exists and may not be replaced, or cannot be written to.
         RunError: the disk is full.
     """
+    if path.is_symlink():  # what it points to is replaced, and not the link
+        path = path.resolve()
+    _put_back(path)
     require_replaceable(path, replace)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -79,13 +88,17 @@ def atomic_folder(path: Path, *, replace: str | None = None) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if path.is_dir():
+        if not path.is_dir():
+            temporary.rename(path)
+        elif not _exchange(temporary, path):
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
-        else:
-            temporary.rename(path)
         _fsync_folder(path.parent)
     except OSError as error:
         raise output_error(path, error) from error
@@ -94,6 +107,25 @@ def atomic_folder(path: Path, *, replace: str | None = None) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names at once, so that neither is ever missing; False where the system has no such call."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _put_back(path: Path) -> None:
+    """Undoes what a process that was killed left halfway: the old folder comes back, remains of yesterday go."""
+    remains = list(path.parent.glob(f".{glob.escape(path.name)}.????????.*")) if path.parent.is_dir() else []
+    olds = [folder for folder in remains if folder.suffix == ".old" and folder.is_dir()]
+    with contextlib.suppress(OSError):  # another process may do the same at this moment
+        if olds and not path.exists():
+            max(olds, key=lambda folder: folder.stat().st_mtime_ns).rename(path)
+        for folder in remains:
+            if folder.suffix in (".tmp", ".old") and time.time() - folder.stat().st_mtime > _REMAINS_S:
+                shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -144,7 +176,9 @@ def require_place(path: Path) -> None:
     Raises:
         OutputError: nothing can be written there.
     """
-    found = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    found = next(place for place in (path, *path.absolute().parents) if place.is_dir() or place.exists())
+    if found == path and not found.is_dir():  # a file that is replaced
+        found = path.absolute().parent
     if found != path and not found.is_dir():
         raise OutputError(f"cannot make {path}: {found} is a file", where="--out", fix="choose a new folder")
     if found.is_dir() and not os.access(found, os.W_OK | os.X_OK):

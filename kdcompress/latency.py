@@ -201,14 +201,16 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _child(sender: Connection, openers: dict[str, Opener], plan: Plan) -> None:
+    found: object
     try:
-        sender.send(time_models(openers, plan))
+        found = time_models(openers, plan)
     except KdcompressError as error:
-        sender.send((error.what, error.where, error.fix))
+        found = error.what, error.where, error.fix
     except Exception as error:
-        sender.send((f"{type(error).__name__}: {error}", "", ""))
-    finally:
-        sender.close()
+        found = f"{type(error).__name__}: {error}", "", ""
+    with contextlib.suppress(OSError):  # whoever asked is gone
+        sender.send(found)
+    sender.close()
 
 
 def time_models(openers: Mapping[str, Opener], plan: Plan) -> dict[str, Timing]:

@@ -7,6 +7,7 @@ were timed in turns: their ratio is what a verdict about speed rests on.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -110,6 +111,8 @@ def read_measurement(path: Path, known: Sequence[str] = ()) -> Measurement:
             other bundles.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise InputError("no file", where=str(path), fix="name the file that run.py measure wrote")
         if path.stat().st_size > _LARGEST_FILE:
             raise InputError(f"{path.stat().st_size:,} bytes are no measurement file", where=str(path))
         found = Measurement.model_validate_json(path.read_bytes())
@@ -120,7 +123,8 @@ def read_measurement(path: Path, known: Sequence[str] = ()) -> Measurement:
         place = ".".join(str(part) for part in first["loc"])
         told = f"{place} {first['msg']}".strip()
         raise InputError(f"not a measurement of this version: {told}", where=str(path)) from error
-    if controls := sorted({hex(ord(one)) for text in _texts(found.model_dump()) for one in text if ord(one) < 32}):
+    signs = {one for text in _texts(found.model_dump()) for one in text}
+    if controls := sorted(hex(ord(one)) for one in signs if unicodedata.category(one).startswith("C")):
         raise InputError(f"its texts hold control characters ({', '.join(controls)})", where=str(path))
     digests = sorted({entry.bundle for entry in found.models})
     if known and not set(digests) & set(known):

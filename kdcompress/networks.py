@@ -427,7 +427,11 @@ def load_student(bundle: Bundle) -> Student:
         raise BundleError(f"a bundle of kind {bundle.kind}, a torch bundle is needed", where=str(bundle.path), fix=fix)
     channels = bundle.preprocess.channels
     arguments = {"image_size": bundle.preprocess.height, **bundle.arch_args}
-    network = build_network(bundle.arch, num_classes=bundle.num_classes, in_channels=channels, **arguments)
+    try:
+        network = build_network(bundle.arch, num_classes=bundle.num_classes, in_channels=channels, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:  # of arguments that a network does not take, or cannot be of
+        what = f"{bundle.arch} is not built with {dict(bundle.arch_args)}: {' '.join(str(error).split())[:200]}"
+        raise BundleError(what, where=str(bundle.path)) from error
     try:
         load_weights(network, read_safetensors(bundle.model_path))
     except RuntimeError as error:

@@ -74,6 +74,8 @@ def one_line(error: Exception) -> str:
 def _require_beside(path: Path, tensor: Any) -> None:
     name = side_file(tensor)
     folder = path.parent.resolve()
+    if not name.isprintable():
+        raise InputError(f"its weights are said to lie in {name!r}, which is no name", where=str(path))
     found = (folder / name).resolve()
     if not name or Path(name).is_absolute() or not found.is_relative_to(folder):
         raise InputError(f"its weights are said to lie in {name!r}, outside its folder", where=str(path))

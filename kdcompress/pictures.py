@@ -6,6 +6,7 @@ eight are taken, rounded.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,12 @@ def read_picture(path: Path, channels: int, height: int, width: int, resize: str
         ValueError: it is no picture, or has another size and `resize` is "none"; the message is half a sentence.
     """
     try:
-        with Image.open(str(path)) as image:
-            if image.format not in _FORMATS:
-                raise ValueError(f"a {image.format} file is not read")
-            pixels = _conform(_decode(image, max(height, width)), channels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged TIFF, and of sizes that Pillow reads all the same
+            with Image.open(str(path)) as image:
+                if image.format not in _FORMATS:
+                    raise ValueError(f"a {image.format} file is not read")
+                pixels = _conform(_decode(image, max(height, width)), channels)
     except FileNotFoundError:
         raise ValueError("there is no such file") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,12 @@ from .errors import DeviceError
 from .folder import DeviceBundle, Model, open_folder
 from .golden import Agreement, compare, read_pictures
 from .measure import measure as measure_models
-from .measure import obey, write_document
+from .measure import obey, require_place, write_document
 from .pictures import SUFFIXES
 from .sessions import Settings, choose_runtime, look_inside, open_model
 from .tensorrt_builder import BuildOptions
 
+_THREADS_A_CORE = 4
 _WAITING = 0.8
 """Share of the time between the events, that handing over takes, above which trtexec, too, says so."""
 _MARGIN = 0.025
@@ -49,8 +51,7 @@ def build(root: Path, arguments: argparse.Namespace) -> int:
 def measure(root: Path, arguments: argparse.Namespace) -> int:
     """Measures, and writes the file that kdcompress joins."""
     bundle, models, settings = _begin(root, arguments)
-    if not arguments.out.absolute().parent.is_dir():
-        raise DeviceError(f"there is no folder {arguments.out.absolute().parent}", "--out")
+    require_place(arguments.out)
     batch_sizes = _batch_sizes(models, settings, arguments.batch_sizes)
     agreements, inside = _check(bundle, models, settings)
     if not all(one.passed for one in agreements.values()):
@@ -107,6 +108,9 @@ def _begin(root: Path, arguments: argparse.Namespace) -> tuple[DeviceBundle, lis
     bundle = open_folder(root)
     runtime = choose_runtime(bundle, arguments.runtime)
     models = bundle.choose(arguments.precisions)
+    cores = os.cpu_count() or 1
+    if arguments.threads > _THREADS_A_CORE * cores:
+        raise DeviceError(f"{arguments.threads} threads for {cores} cores", "--threads", "as many as there are cores")
     fixed, measured = models[0].batch, getattr(arguments, "batch_sizes", None) or (1,)
     sizes = arguments.batch or ((fixed, fixed, fixed) if fixed else (1, 1, max(32, *measured)))
     if len(sizes) != 3:
@@ -174,8 +178,10 @@ def _batch_sizes(models: list[Model], settings: Settings, asked: tuple[int, ...]
 
 def _pictures(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise DeviceError(f"{path} is no picture and no folder", "classify", "name pictures, or folders of them")
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not found:
                 raise DeviceError(
                     "no pictures in this folder", str(path), f"files that end in {', '.join(sorted(SUFFIXES))}"

@@ -157,9 +157,13 @@ def _verify(root: Path) -> str:
         if path.is_absolute() or ".." in path.parts:
             raise DeviceError(f"{MANIFEST} names {name}, outside of the folder", str(root))
         try:
+            if (root / path).exists() and not (root / path).is_file():
+                raise DeviceError(f"{name} is no file", str(root), "copy the folder again")
             found = hashlib.sha256((root / path).read_bytes()).hexdigest()
         except OSError as error:
             raise DeviceError(f"{name} is missing: {error.strerror}", str(root), "copy the folder again") from error
+        except ValueError as error:  # a name that holds a zero
+            raise DeviceError(f"{MANIFEST} names {name!r}, which is no name", str(root), "copy it again") from error
         if found != wanted:
             what = f"{name} was changed or damaged: its digest is {found[:12]}…, {wanted[:12]}… was written"
             raise DeviceError(what, str(root), "copy the folder again")

@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_MOST = 10**6
+"""Of anything that is counted on the command line."""
 _NEEDED = {"numpy": "numpy", "PIL": "Pillow"}
 
 
 def main(words: Sequence[str]) -> int:
     """Does what the words say; the exit code."""
-    parser = _child_parser() if words[:1] == ["_child"] else _parser()
-    arguments = parser.parse_args(words)
-    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return _fail(f"{' and '.join(missing)} not installed\npip install {' '.join(missing)}", 2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without · or … shows ?
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        parser = _child_parser() if words[:1] == ["_child"] else _parser()
+        arguments = parser.parse_args(words)
+        missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            return _fail(f"{' and '.join(missing)} not installed\npip install {' '.join(missing)}", 2)
+        return _obey(arguments)
+    except ImportError as error:
+        said = " ".join(str(error).split())[:300]
+        return _fail(f"a package does not load: {said}\ninstall it again for this Python", 2)
+    except MemoryError:
+        return _fail("out of memory\ntake a smaller batch size, or fewer --precisions", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        return _fail(f"unexpected {type(error).__name__}: {said}\nis the command line as --help says?", 1)
+
+
+def _obey(arguments: argparse.Namespace) -> int:
     from . import commands
     from .cuda_driver import CudaError
     from .errors import DeviceError
@@ -33,13 +59,6 @@ def main(words: Sequence[str]) -> int:
         return _fail(error.what + (f"\n{error.fix}" if error.fix else ""), 1)
     except CudaError as error:
         return _fail(f"the GPU failed: {error}", 1)
-    except MemoryError:
-        return _fail("out of memory\ntake a smaller batch size, or fewer --precisions", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
 
 
 def _fail(message: str, code: int) -> int:
@@ -73,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--warmup", type=_positive, default=50, metavar="N", help="untimed calls first [%(default)s]")
     measure.add_argument("--sustained", type=_seconds, default=0.0, metavar="TIME", help="run each so long: 10m, 90s")
-    classify.add_argument("paths", nargs="+", type=Path, metavar="PICTURE|FOLDER")
+    classify.add_argument("paths", nargs="+", type=_path, metavar="PICTURE|FOLDER")
     classify.add_argument(
         "--top", type=_positive, default=1, metavar="N", help="how many classes to name [%(default)s]"
     )
@@ -108,6 +127,16 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     engines.add_argument("--hardware-compatible", action="store_true", help="for every GPU from Ampere on")
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty word is no picture: is a variable of the shell not set?")
+    try:
+        Path(text).exists()
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:40]}… is no name of a file: {error}"[:200]) from error
+    return Path(text)
+
+
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
@@ -118,8 +147,8 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _positive(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not 1 <= number <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to {_MOST}")
     return number
 
 

@@ -173,7 +173,28 @@ def write_document(document: dict[str, Any], path: Path) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(json.dumps(document, ensure_ascii=False) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
         temporary.replace(path)
     except OSError as error:
         raise DeviceError(f"cannot write {path}: {error.strerror}", "--out", "name a place with space") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def require_place(path: Path) -> None:
+    """Refuses a place that nothing can be written to, before minutes go into what should be written there.
+
+    Raises:
+        DeviceError: it is a folder, or lies in none, or one may not write there.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise DeviceError(f"{path} is a folder", "--out", "name a file in it")
+    if not folder.is_dir():
+        raise DeviceError(f"there is no folder {folder}", "--out")
+    if not os.access(str(folder), os.W_OK):
+        raise DeviceError(f"cannot write to {folder}: no permission", "--out", "name another place")

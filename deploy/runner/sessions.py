@@ -85,6 +85,10 @@ def open_model(model: Model, settings: Settings) -> Opened:
 def _open_onnx(model: Model, settings: Settings) -> Opened:
     import onnxruntime
 
+    if not hasattr(onnxruntime, "SessionOptions"):
+        raise DeviceError(
+            "onnxruntime is here without its parts", "--runtime", "pip install --force-reinstall onnxruntime"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = settings.threads

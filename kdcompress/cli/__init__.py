@@ -8,7 +8,9 @@ import io
 import itertools
 import os
 import pkgutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without × or · shows ?
+    alone = "RANK" not in os.environ  # torchrun ends the others itself
+    if alone and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: one line, and nothing left behind
     if "" in words:
         _fail("an empty word on the command line\nis a variable of the shell not set?", 2)
     try:

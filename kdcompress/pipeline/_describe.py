@@ -88,5 +88,5 @@ def last_words(log: Path, names: Sequence[str]) -> tuple[str, ...]:
         epochs = [entry for line in lines if (entry := json.loads(line)).get("event") == "epoch"]
         students = epochs[-1]["students"] if epochs else []
         return tuple(sentence for student in students for sentence in diagnose(student.get("diagnostics", {}), names))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -18,7 +18,7 @@ from kdcompress.bundle import Bundle, model_metadata, provenance_step, write_bun
 from kdcompress.checkpoint import load_state, save_state
 from kdcompress.data import Split, unit_interval
 from kdcompress.equalization import Equalization
-from kdcompress.errors import InputError, VerificationError
+from kdcompress.errors import CheckpointError, InputError, VerificationError
 from kdcompress.evaluate import agreement
 from kdcompress.export import walk
 from kdcompress.fake_quant import learned_model, learned_ranges
@@ -128,15 +128,29 @@ def kept_plan(folder: Path, exported: Bundle, calibration: Images, profile: Prof
     import onnx
 
     state = load_state(folder / PLAN_FILE)
-    reduce_range = bool(state["reduce_range"])
+    if not isinstance(state.get("reduce_range"), bool) or state.get("layout") not in get_args(Layout):
+        raise damaged_plan(folder)
+    reduce_range = state["reduce_range"]
     if reduce_range != profile.reduces_range(instruction_sets()):
         begun, here = ("7", "8") if reduce_range else ("8", "7")
         what = f"this training was begun for INT8 weights of {begun} bits, this CPU takes {here}"
         raise InputError(what, where=str(folder), fix="resume it on a CPU like the first (VNNI or not), or begin anew")
-    equalized, quantized = (onnx.load_from_string(state[name].numpy().tobytes()) for name in ("equalized", "quantized"))
-    factors = {kind: {name: value.numpy() for name, value in each.items()} for kind, each in state["factors"].items()}
-    equalization, layout = Equalization(**factors), state["layout"]
-    return Plan(exported, equalized, equalization, quantized, calibration, profile, reduce_range, layout)
+    try:
+        equalized, quantized = (
+            onnx.load_from_string(state[name].numpy().tobytes()) for name in ("equalized", "quantized")
+        )
+        factors = {
+            kind: {name: value.numpy() for name, value in each.items()} for kind, each in state["factors"].items()
+        }
+        equalization = Equalization(**factors)
+    except Exception as error:  # of a file from elsewhere anything may be wrong
+        raise damaged_plan(folder) from error
+    return Plan(exported, equalized, equalization, quantized, calibration, profile, reduce_range, state["layout"])
+
+
+def damaged_plan(folder: Path) -> CheckpointError:
+    """The error for a plan that is not one."""
+    return CheckpointError(f"{PLAN_FILE} is damaged", where=str(folder), fix="begin the training anew")
 
 
 def write(

@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxtyping import Int64
 from torch import Tensor
 
-from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
+from kdcompress.bundle import BUNDLE_FILE, Bundle, bundle_folders, read_bundle
 from kdcompress.data import Splits, counts_as_seen, load_splits, seen_images, unit_interval
 from kdcompress.errors import InputError, ShapeError
 from kdcompress.lint import lint
@@ -41,7 +41,7 @@ class Source:
             splits: where val is.
             data: what was named instead of the run's own data, if anything.
         """
-        if self.run is not None and data is None:
+        if self.run is not None and data is None and is_data_of(self.run, splits):
             return self.run.facts.student_saw_val
         digests = self.training_digests()
         return None if digests is None else counts_as_seen(seen_images(digests, splits.val))
@@ -84,6 +84,8 @@ def find_splits(source: Source, data: str | None, holdout: str | None = None) ->
     elif source.run is not None:
         section = source.run.recipe.data
         splits = open_splits(section.model_copy(update={"holdout": holdout}) if holdout else section)
+        if holdout is None:
+            tell_changed_data(source.run, splits)
     else:
         raise InputError(f"{source.bundle.path} belongs to no run, so its data is not known", where="--data")
     require_classes(source.bundle, splits)
@@ -94,6 +96,18 @@ def find_splits(source: Source, data: str | None, holdout: str | None = None) ->
     return splits
 
 
+def tell_changed_data(run: RunFolder, splits: Splits) -> None:
+    """Says so where a run's own data is not what it was trained on."""
+    if not is_data_of(run, splits):
+        digests = f"{run.facts.data_digest[:12]}… → {splits.digest[:12]}…"
+        console().print(f"warning: the data is not what {run.path} was trained on ({digests})")
+
+
+def is_data_of(run: RunFolder, splits: Splits) -> bool:
+    """Whether data is what a run was trained and judged on; taken to be so for runs that do not say."""
+    return run.facts.data_digest in ("", splits.digest)
+
+
 def find_images(source: Source, data: str | None) -> Images:
     """The calibration images of the data that is named, else of the run's own (`find_splits`)."""
     return calibration_images(find_splits(source, data))
@@ -102,6 +116,17 @@ def find_images(source: Source, data: str | None) -> Images:
 def calibration_images(splits: Splits) -> Images:
     """Training images, as many of each class as there are, always the same ones."""
     return unit_interval(splits.calibration.images.load(splits.calibration.ids))
+
+
+def kin(folder: Path) -> list[Bundle]:
+    """The bundles in a folder; one that is damaged is told and left out."""
+    found = []
+    for place in bundle_folders(folder):
+        try:
+            found.append(read_bundle(place))
+        except InputError as error:
+            console().print(f"note: {place} is left out: {error.what}")
+    return found
 
 
 def warn_of_findings(path: Path, profile: Profile) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from kdcompress import ranks
-from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
+from kdcompress.bundle import BUNDLE_FILE, Bundle, bundle_folders, read_bundle
 from kdcompress.data import Splits, load_splits
 from kdcompress.errors import InputError, InterruptedRunError, ShapeError
 from kdcompress.files import atomic_write, output_error, require_empty
@@ -159,7 +159,7 @@ class RunFolder:
             found = {entry.name: content[entry.name] for entry in fields(RunFacts)}
             lists: dict[str, Any] = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
             return RunFacts(**{**found, **lists})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{FACTS_FILE} is missing or damaged", where=str(self.path)) from error
 
     def write_facts(self, facts: RunFacts) -> None:
@@ -174,8 +174,7 @@ class RunFolder:
         Raises:
             BundleError: one of them is damaged.
         """
-        folders = sorted(file.parent for file in self.path.glob(f"*/{BUNDLE_FILE}"))
-        folders.sort(key=lambda folder: folder.name != STUDENT)
+        folders = sorted(bundle_folders(self.path), key=lambda folder: folder.name != STUDENT)
         return {folder.name: read_bundle(folder) for folder in folders}
 
     def student(self) -> Bundle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from kdcompress.bundle import BUNDLE_FILE, PLAIN, Bundle, Interface, read_bundle
+from kdcompress.bundle import BUNDLE_FILE, PLAIN, Bundle, Interface
 from kdcompress.errors import InputError
 from kdcompress.export import change_interface, find_target, walk
 from kdcompress.files import require_empty, require_replaceable, scratch_folder
@@ -20,6 +20,7 @@ from kdcompress.pipeline._source import (
     find_images,
     find_source,
     find_splits,
+    kin,
     warn_of_findings,
 )
 from kdcompress.pipeline._verdict import Limits, hold_to, keep
@@ -155,8 +156,7 @@ def convert_to_fp16(
 
 def _float_kin(start: Source) -> Bundle | None:
     """The fp32 ONNX bundle beside an INT8 one that it was made from."""
-    for file in sorted(start.folder.glob(f"*/{BUNDLE_FILE}")):
-        bundle = read_bundle(file.parent)
+    for bundle in kin(start.folder):
         same = (bundle.root, bundle.interface) == (start.bundle.root, start.bundle.interface)
         if same and (bundle.kind, bundle.precision) == ("onnx", "fp32"):
             return bundle

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcompress.bundle import BUNDLE_FILE, Bundle, Precision, read_bundle
+from kdcompress.bundle import BUNDLE_FILE, Bundle, Precision
 from kdcompress.device_bundle import MANIFEST, Card, write_device_bundle
 from kdcompress.errors import InputError, RunError
 from kdcompress.export import walk
@@ -20,6 +20,7 @@ from kdcompress.pipeline._source import (
     choose_profile,
     find_images,
     find_source,
+    kin,
     warn_of_findings,
 )
 from kdcompress.pipeline._verdict import half_precision
@@ -162,8 +163,7 @@ def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | N
     spoken = start.bundle.interface
     found: dict[Precision, Bundle] = {}
     integers: list[Bundle] = []
-    for file in sorted(start.folder.glob(f"*/{BUNDLE_FILE}")):
-        bundle = read_bundle(file.parent)
+    for bundle in kin(start.folder):
         step = bundle.provenance[-1] if bundle.provenance else {}
         if (bundle.kind, bundle.interface) != ("onnx", spoken) or bundle.root != start.bundle.root:
             continue

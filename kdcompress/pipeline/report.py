@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from kdcompress.bundle import BUNDLE_FILE, Bundle, read_bundle
-from kdcompress.data import Split, Splits, eval_batches, load_splits
+from kdcompress.data import Split, Splits, counts_as_seen, eval_batches, load_splits, seen_images
 from kdcompress.evaluate import Accuracy, accuracy_of, agreement, evaluate, paired_difference, predict_all
 from kdcompress.files import require_place
 from kdcompress.gate import read_verdict
@@ -20,6 +20,7 @@ from kdcompress.latency import Latency, count_macs, count_params, describe_machi
 from kdcompress.networks import Teacher, TeacherEnsemble, load_student
 from kdcompress.pipeline._describe import describe_training, last_words
 from kdcompress.pipeline._measurements import read_all
+from kdcompress.pipeline._source import kin, tell_changed_data
 from kdcompress.pipeline._teachers import (
     EXAMINED_IMAGES,
     better_beyond_chance,
@@ -93,6 +94,13 @@ def report(
     changes = {key: value for key, value in (("source", data), ("holdout", holdout)) if value is not None}
     splits = open_splits(recipe.data.model_copy(update=changes))
     require_classes(student, splits)
+    digests, seen = student.training_digests(), ""
+    if data is None and holdout is None:
+        tell_changed_data(run, splits)
+    if digests is not None and counts_as_seen(members := seen_images(digests, splits.test)):
+        count = f"{int(members.sum()):,} of {len(splits.test):,}"
+        seen = f"{count} test images are among those that the student was trained on: its figures here are too good."
+        speak.print(f"warning: {seen}")
     checkpoints = read_checkpoints(recipe.teachers)
     require_fitting(checkpoints, splits)
     shape, sections = splits.image_shape, recipe.teachers
@@ -123,6 +131,7 @@ def report(
         comparison=comparison_around(run.path),
         notes=(
             *facts.notes,
+            *([seen] if seen else []),
             *elsewhere,
             *left_out,
             *last_words(run.path / LOG, [teacher.name for teacher in teachers]),
@@ -177,7 +186,7 @@ def report_bundles(
     speak, folder = console(), out or path.parent
     require_place(folder / REPORT_FILE)
     first = read_bundle(path)
-    beside = [read_bundle(file.parent) for file in sorted(path.parent.glob(f"*/{BUNDLE_FILE}")) if file.parent != path]
+    beside = [bundle for bundle in kin(path.parent) if bundle.path != path]
     bundles = {bundle.path.name: bundle for bundle in (first, *beside) if bundle.root == first.root}
     for other in (bundle for bundle in beside if bundle.root != first.root):
         speak.print(f"note: {other.path} was made of another model, it is left out")

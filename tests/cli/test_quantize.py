@@ -98,6 +98,33 @@ def test_the_rest_in_fp16_stands_before_the_gate_as_its_int8_did(shop: Shop, run
     assert "int8: onnx-int8-fp16-trt11, of onnx-int8-fp16-trt11, onnx-int8-trt11" in said
 
 
+def test_data_that_was_changed_since_is_told_and_what_was_seen_judges_nothing(shop: Shop, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", each=20, parts=("train", "val", "test"))
+    words = ("train", "--arch", "resnet8", "--data", tmp_path / "data", "--out", tmp_path / "run", "train.epochs=1")
+    must(shop.run(*words))
+    for part in ("val", "test"):
+        shutil.rmtree(tmp_path / "data" / part)
+        shutil.copytree(tmp_path / "data" / "train", tmp_path / "data" / part)
+    said = must(quantize(shop, tmp_path / "run", "--for", "trt11", "--restarts", "0", "--no-mixed"))
+    assert "warning: the data is not what" in said
+    assert "Accuracy: the student saw val" in said
+    said = must(shop.run("report", tmp_path / "run", "--restarts", "1", "--batch-sizes", "1"))
+    assert "warning: 60 of 60 test images are among those that the student was trained on" in said
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert any("its figures here are too good" in note for note in report["notes"])
+
+
+def test_remains_of_a_killed_process_are_no_bundles(shop: Shop, run: Path) -> None:
+    must(shop.run("export", run, "--onnx"))
+    shutil.copytree(run / "onnx-fp32", run / ".onnx-fp32.0123abcd.tmp")
+    (run / ".onnx-int8-ort-x86.0123abcd.tmp").mkdir()
+    (run / ".onnx-int8-ort-x86.0123abcd.tmp" / "bundle.json").write_text("{")
+    must(shop.run("report", run, "--restarts", "1", "--batch-sizes", "1"))
+    rows = json.loads((run / "report.json").read_text(encoding="utf-8"))["rows"]
+    assert not [row["name"] for row in rows if row["name"].startswith(".")]
+    must(shop.run("export", run, "--device", "--for", "trt11"))
+
+
 def test_images_of_the_training_are_no_holdout(shop: Shop, tmp_path: Path) -> None:
     seen = shop.folder / "colours" / "train"
     done = quantize(shop, shop.folder / "c", "--holdout", seen, "--restarts", "0", "--out", tmp_path / "out")

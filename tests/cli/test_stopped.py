@@ -98,15 +98,19 @@ def test_a_run_killed_before_its_first_step_can_be_resumed(shop: Shop, undisturb
     assert weights(tmp_path / "run") == undisturbed
 
 
-@pytest.mark.parametrize("seconds", [0.2, 1, 3])
-def test_ctrl_c_while_latency_is_measured_leaves_no_report(shop: Shop, tmp_path: Path, seconds: float) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "number"), [(0.2, signal.SIGINT), (1, signal.SIGINT), (3, signal.SIGINT), (1, signal.SIGTERM)]
+)
+def test_what_is_stopped_while_latency_is_measured_leaves_no_report(
+    shop: Shop, tmp_path: Path, seconds: float, number: signal.Signals
+) -> None:
     """The measuring process is starting, importing, or one of the 50 measures."""
     out = tmp_path / "report"
     words = ("report", shop.folder / "run", "--out", out, "--restarts", "50", "--batch-sizes", "1,64")
     process = shop.warm.start(*words, folder=tmp_path)
     process.until(lambda: "latency of" in process.out.read_text(encoding="utf-8"))
     time.sleep(seconds)
-    process.signal(signal.SIGINT)
+    process.signal(number)
     done = process.finish()
     assert (done.code, done.error) == (1, "error: interrupted")
     assert "Traceback" not in done.err

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +36,10 @@ ALLOWED = {
         "collections",
         "ctypes",
         "dataclasses",
+        "io",
         "math",
+        "signal",
+        "warnings",
         "hashlib",
         "importlib",
         "json",
@@ -199,6 +205,8 @@ def test_a_missing_file_and_a_missing_manifest_are_named(copy: Delivered) -> Non
         ("", "MANIFEST.sha256 does not name device.json"),
         ("zz\n", "MANIFEST.sha256 is damaged: 'zz' is no line of it"),
         ("\xff\xfe", "MANIFEST.sha256 is damaged"),
+        (f"{'0' * 64}  models/\0.onnx\n", r"MANIFEST.sha256 names 'models/\x00.onnx', which is no name"),
+        (f"{'0' * 64}  models\n", "models is no file"),
     ],
 )
 def test_a_manifest_that_says_nothing_is_refused(content: str, told: str, copy: Delivered) -> None:
@@ -289,6 +297,12 @@ def test_a_folder_for_tensorrt_does_not_fall_back_in_silence(tmp_path: Path) -> 
         ("measure", "--out", "none/here/m.json"),
         ("build",),
         ("classify",),
+        ("classify", ""),
+        ("classify", "x" * 5000),
+        ("classify", os.devnull),
+        ("check", "--threads", "100000"),
+        ("measure", "--batch-sizes", "9" * 30),
+        ("measure", "--out", "/"),
     ],
     ids=" ".join,
 )
@@ -299,6 +313,51 @@ def test_a_wrong_command_ends_with_2_and_no_traceback(words: tuple[str, ...], de
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) <= 2
     assert "_child" not in done.stderr  # what measuring processes are told is nobody's command
+
+
+def test_a_terminal_without_dots_shows_something_else(delivered: Delivered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = delivered.run("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fp32 ? onnxruntime" in done.stdout
+
+
+def test_a_package_that_does_not_load_is_one_line(
+    delivered: Delivered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('libonnxruntime.so.1:\\n cannot open')")
+    line = [sys.executable, str(delivered.path / "run.py"), "check"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: a package does not load: libonnxruntime.so.1: cannot open"
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_measurement_is_one_line_and_leaves_nobody(
+    number: signal.Signals, delivered: Delivered, tmp_path: Path
+) -> None:
+    line = [
+        sys.executable,
+        str(delivered.path / "run.py"),
+        "measure",
+        "--restarts",
+        "100",
+        "--out",
+        str(tmp_path / "m"),
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's jobs do not
+    with subprocess.Popen(line, text=True, preexec_fn=listens, **pipes) as process:
+        assert process.stdout is not None
+        while "process 2 of 100" not in process.stdout.readline():
+            pass
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (1, "error: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_installed_is_named_with_its_line(delivered: Delivered) -> None:

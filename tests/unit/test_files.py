@@ -1,7 +1,10 @@
+import os
+import time
 from pathlib import Path
 
 import pytest
 
+from kdcompress import files
 from kdcompress.errors import BundleError, OutputError
 from kdcompress.files import atomic_folder, atomic_write, file_digest, scratch_folder
 
@@ -74,6 +77,52 @@ def test_a_folder_that_is_not_empty_is_refused_unless_it_is_to_be_replaced(tmp_p
         (folder / "new").write_text("1")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_with_and_without_the_systems_exchange(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    for content in ("first", "second"):
+        with atomic_folder(tmp_path / "out", replace="bundle.json") as folder:
+            (folder / "bundle.json").write_text(content)
+    assert (tmp_path / "out" / "bundle.json").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_moved_aside_comes_back(tmp_path: Path) -> None:
+    aside, half = tmp_path / ".out.0123abcd.old", tmp_path / ".out.89abcdef.tmp"
+    for folder, content in ((aside, "good"), (half, "half")):
+        folder.mkdir()
+        (folder / "bundle.json").write_text(content)
+
+    def fail() -> None:
+        with atomic_folder(tmp_path / "out", replace="bundle.json"):
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert (tmp_path / "out" / "bundle.json").read_text() == "good"
+    assert half.exists(), "another process may be writing it"
+    yesterday = time.time() - 2 * 24 * 3600
+    os.utime(half, (yesterday, yesterday))
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_through_a_link_what_it_points_to_is_written(there: bool, tmp_path: Path) -> None:
+    if there:
+        (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "new").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "new").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
