@@ -223,7 +223,7 @@ class _BundleDocument(BaseModel):
     file: str = Field(pattern=r"^[\w-]+(\.[\w-]+)+$")
     classes: tuple[str, ...] = Field(min_length=1)
     preprocess: _PreprocessDocument
-    arch: str
+    arch: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")
     arch_args: dict[str, Any]
     num_params: int = Field(ge=0)
     provenance: tuple[dict[str, Any], ...]

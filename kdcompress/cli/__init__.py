@@ -127,6 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(1) from None
+    except MemoryError:
+        if debug:
+            raise
+        _fail("out of memory\ntake smaller images or batches, or close something else", 1)
     except Exception as error:
         if debug:
             raise

@@ -22,21 +22,26 @@ def render_markdown(report: Report) -> str:
         lines.append(_line(column.heading for column in told))
         lines.append(_line("---:" if column.numeric else "---" for column in told))
         lines += [_line(column.cell(part) for column in told) for part in report.on_device]
-        lines += ["", *(f"- {sentence}" for sentence in device_sentences(report))]
+        lines += ["", *(f"- {_plain(sentence)}" for sentence in device_sentences(report))]
     for heading, sentences in (
         ("Findings", report.findings),
         ("Notes", report.notes),
         ("Conditions", (*legend(report), f"Versions: {_versions(report)}.")),
     ):
         if sentences:
-            lines += ["", f"## {heading}", "", *(f"- {sentence}" for sentence in sentences)]
+            lines += ["", f"## {heading}", "", *(f"- {_plain(sentence)}" for sentence in sentences)]
     if report.comparison is not None:
         lines += ["", "## Comparison", "", *comparison_lines(report.comparison)]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(_plain(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _plain(text: str) -> str:
+    """Text from anywhere, such as the name of a class, without what a page would take for its own."""
+    return text.replace("<", "&lt;")
 
 
 def _versions(report: Report) -> str:

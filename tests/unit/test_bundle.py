@@ -121,6 +121,10 @@ def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
         read_bundle(bundle.path)
 
 
+def sized(height: int, std: float) -> dict[str, object]:
+    return {"channels": 1, "height": height, "width": 8, "mean": [0], "std": [std], "resize": "bilinear"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -131,6 +135,13 @@ def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
         ({"model_digest": "abc"}, "model_digest"),
         ({"format": "else"}, "format"),
         ({"surprise": 1}, "surprise"),
+        ({"schema_version": -1}, "schema_version"),
+        ({"arch": "net\x1b[2J"}, "arch"),
+        ({"interface": {"batch": 10**9}}, r"interface\.batch"),
+        ({"preprocess": sized(10**6, 1)}, r"preprocess\.height"),
+        ({"preprocess": sized(-5, 1)}, r"preprocess\.height"),
+        ({"preprocess": sized(8, float("inf"))}, r"preprocess\.std"),
+        ({"preprocess": sized(8, 0)}, "a std must be positive"),
         ({"preprocess": {"channels": 3}}, r"preprocess\.height"),
         (
             {"preprocess": {"channels": 3, "height": 8, "width": 8, "mean": [0], "std": [1], "resize": "none"}},
@@ -141,11 +152,12 @@ def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_field_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
     file = write(tmp_path / "a").path / "bundle.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError, match=message) as caught:
         read_bundle(tmp_path / "a")
+    assert caught.value.where == str(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'"text"'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'"text"', b"[" * 100_000])
 def test_what_is_not_a_document_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bundle.json").write_bytes(content)
     with pytest.raises(BundleError) as caught:

@@ -39,6 +39,14 @@ def test_the_page_shows_numbers_sentences_and_conditions() -> None:
         assert expected in page, expected
 
 
+def test_names_are_text_and_nothing_else() -> None:
+    report = example()
+    first = report.rows[0].model_copy(update={"name": "<script>alert(1)</script>"})
+    page = render_markdown(report.model_copy(update={"rows": (first, *report.rows[1:]), "notes": ("<b>bold",)}))
+    assert "<script" not in page
+    assert "- &lt;b>bold" in page
+
+
 def test_a_smoke_test_says_so_in_its_title() -> None:
     report = example().model_copy(update={"smoke_test": True})
     assert render_markdown(report).startswith("# Smoke test (not a result)")
