@@ -180,24 +180,26 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A process that is started within the block never hears of Ctrl-C; this one does after it, and ends the other.
+    """A process that is started within the block never hears of SIGINT and SIGTERM; this one does after it, and ends the
+    other.
 
-    Blocking the signal is what the other process inherits. Here another thread may still receive it, and Python then
+    Blocking a signal is what the other process inherits. Here another thread may still receive it, and Python then
     interrupts this one between two of its steps, with the other process half started; so it is taken down as well.
     """
-    resource_tracker.ensure_running()  # starting it would unblock SIGINT
+    resource_tracker.ensure_running()  # starting it would unblock them
     came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
     main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handlers = {number: signal.signal(number, lambda it, _: came.append(it)) for number in numbers if main}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if main:
-            signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if came:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(came[0])
 
 
 def _child(sender: Connection, openers: dict[str, Opener], plan: Plan) -> None:

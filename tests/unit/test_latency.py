@@ -120,7 +120,11 @@ def test_versions_are_those_that_run() -> None:
     assert {"kdcompress", "python", "onnx", "onnxruntime"} <= set(found)
 
 
-def test_a_measuring_process_never_hears_of_ctrl_c() -> None:
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@SIGNALS
+def test_a_measuring_process_never_hears_of_an_interrupt(number: signal.Signals) -> None:
     """Else one that is still importing would show where it was."""
     process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
     with _without_interrupts():
@@ -128,24 +132,25 @@ def test_a_measuring_process_never_hears_of_ctrl_c() -> None:
     assert process.pid is not None
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
         time.sleep(0.02)
     assert process.is_alive()
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     process.kill()
     process.join()
 
 
-def test_ctrl_c_while_a_process_is_started_waits_until_it_is() -> None:
+@SIGNALS
+def test_an_interrupt_while_a_process_is_started_waits_until_it_is(number: signal.Signals) -> None:
     """Another thread receives the signal, and Python would interrupt this one in the middle of the start."""
     over, steps = threading.Event(), []
     other = threading.Thread(target=over.wait)
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    outside = signal.signal(number, signal.default_int_handler)  # a job in the background ignores it
     other.start()
 
     def start_slowly() -> None:
         with _without_interrupts():
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             until = time.monotonic() + 0.2
             while time.monotonic() < until:
                 signal.pthread_sigmask(signal.SIG_BLOCK, ())  # looks for signals that came
@@ -155,9 +160,9 @@ def test_ctrl_c_while_a_process_is_started_waits_until_it_is() -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             start_slowly()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(number) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, outside)
+        signal.signal(number, outside)
         over.set()
         other.join()
     assert steps == ["started"]
