@@ -180,8 +180,8 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A process that is started within the block never hears of SIGINT and SIGTERM; this one does after it, and ends the
-    other.
+    """A process that is started within the block never hears of SIGINT and SIGTERM; this one does, after the block, and
+    ends the other.
 
     Blocking a signal is what the other process inherits. Here another thread may still receive it, and Python then
     interrupts this one between two of its steps, with the other process half started; so it is taken down as well.
