@@ -36,7 +36,8 @@ def takes_onnx_files(argument: str, *, keep: bool) -> Callable[[Callable[..., An
             from kdcompress.errors import InputError
 
             given = options[argument]
-            if given is None or not str(given).lower().endswith(SUFFIX) or Path(given).is_dir():
+            merges = options.get("measured") and options.get("data") is None  # what devices told needs no images
+            if given is None or not str(given).lower().endswith(SUFFIX) or Path(given).is_dir() or merges:
                 if mean is not None or std is not None:
                     raise InputError("--mean and --std are for a bare .onnx file", fix="a bundle knows its own")
                 return function(**options)

@@ -55,13 +55,15 @@ def command(
     """
     if measured:
         from kdcompress.errors import InputError
+        from kdcompress.pipeline.base import RECIPE_FILE
         from kdcompress.pipeline.merge import merge
 
         if out is not None:
             what = "--out does not go with --merge: what was measured joins the report of the run"
             raise InputError(what, where="--out", fix="leave it out")
 
-        if merge(source, measured) is not None:
+        foreign = source is not None and not (source / RECIPE_FILE).is_file()
+        if merge(source, measured) is not None or (foreign and data is None):
             return
     from kdcompress.bundle import BUNDLE_FILE
     from kdcompress.pipeline.report import report, report_bundles, show_comparison

@@ -1,4 +1,4 @@
-"""What devices told of a run: taken in by `report --merge`, kept in the run's `measurements/`."""
+"""What devices told of bundles: taken in by `report --merge`, kept in `measurements/` beside them, as in a run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from kdcompress.bundle import Bundle
 from kdcompress.errors import InputError, KdcompressError
 from kdcompress.files import atomic_write
 from kdcompress.measurement import Measurement, read_measurement
-from kdcompress.pipeline.base import RunFolder
 from kdcompress.profiles import get_profile
 
 FOLDER = "measurements"
 
 
 def read_checked(file: Path, bundles: Mapping[str, Bundle]) -> Measurement:
-    """A file from a device, held against the bundles of a run.
+    """A file from a device, held against bundles by name, all of one folder.
 
     Raises:
         InputError: it is no measurement, speaks of other bundles, contradicts them or itself, or was made by another
@@ -58,19 +57,19 @@ def read_checked(file: Path, bundles: Mapping[str, Bundle]) -> Measurement:
     return found
 
 
-def keep(run: RunFolder, found: Measurement) -> None:
-    """Puts a copy into the run; the same one twice is one."""
+def keep(folder: Path, found: Measurement) -> None:
+    """Puts a copy beside the bundles in a folder; the same one twice is one."""
     content = json.dumps(found.model_dump(mode="json"), ensure_ascii=False, sort_keys=True) + "\n"
     digest = hashlib.sha256(content.encode()).hexdigest()
-    with atomic_write(run.path / FOLDER / f"{found.profile}-{digest[:12]}.json", "w") as handle:
+    with atomic_write(folder / FOLDER / f"{found.profile}-{digest[:12]}.json", "w") as handle:
         handle.write(content)
 
 
-def read_all(run: RunFolder, bundles: Mapping[str, Bundle]) -> tuple[list[Measurement], list[str]]:
-    """The measurements that were taken in and speak of bundles that are still in the run; and notes on the others."""
+def read_all(folder: Path, bundles: Mapping[str, Bundle]) -> tuple[list[Measurement], list[str]]:
+    """The measurements that were taken in and speak of bundles that are still there; and notes on the others."""
     known = [bundle.digest for bundle in bundles.values()]
     found, notes = [], []
-    for file in sorted((run.path / FOLDER).glob("*.json")):
+    for file in sorted((folder / FOLDER).glob("*.json")):
         try:
             found.append(read_measurement(file, known=known))
         except KdcompressError as error:

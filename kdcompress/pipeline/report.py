@@ -90,7 +90,7 @@ def report(
     student = run.student()
     recipe, facts = run.recipe, run.facts
     bundles, elsewhere = split_by_place(run.bundles())
-    measurements, left_out = read_all(run, run.bundles())
+    measurements, left_out = read_all(run.path, run.bundles())
     changes = {key: value for key, value in (("source", data), ("holdout", holdout)) if value is not None}
     splits = open_splits(recipe.data.model_copy(update=changes))
     require_classes(student, splits)
@@ -193,6 +193,9 @@ def report_bundles(
     splits = load_splits(data, image_size=first.preprocess.square_side)
     for bundle in bundles.values():
         require_classes(bundle, splits)
+    measurements, left_out = read_all(path.parent, bundles)
+    names = {bundle.digest: name for name, bundle in bundles.items()}
+    bundles, elsewhere = split_by_place(bundles)
     openers: dict[str, Callable[[], Predictor]] = {
         name: partial(open_bundle, bundle.path) for name, bundle in bundles.items()
     }
@@ -208,7 +211,8 @@ def report_bundles(
         versions=versions(),
         teachers_saw_val=None,
         student_saw_val=None,
-        notes=("the model comes from elsewhere: whether it saw these images is not known",),
+        notes=("the model comes from elsewhere: whether it saw these images is not known", *elsewhere, *left_out),
+        on_device=device_parts(measurements, names),
     )
     write_report(document, folder)
     speak.print(render_terminal(document))

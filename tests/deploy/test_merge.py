@@ -121,6 +121,27 @@ def test_the_best_of_several_int8_files_goes_to_the_device(shop: Shop, away: Pat
     assert Delivered(tmp_path / "refused").run("classify", picture).returncode == 0
 
 
+def test_a_measurement_of_somebody_elses_file_is_merged_beside_it(shop: Shop, away: Path, tmp_path: Path) -> None:  # noqa: F811
+    file = Path(shutil.copy(shop.folder / "run" / "onnx-fp32" / "model.onnx", tmp_path / "lone.onnx"))
+    shop.must("quantize", file, "--data", "digits", "--for", "ort-x86", "--no-mixed", "--restarts", "0")
+    shop.must("export", file, "--data", "digits", "--device", "--for", "ort-x86")
+    words = ("--out", tmp_path / "m.json", "--restarts", 5, "--iterations", 5, "--warmup", 1)
+    done = Delivered(tmp_path / "lone" / "device-ort-x86").run("measure", *words)
+    assert done.returncode == 0, done.stderr
+    for place in (file, tmp_path / "lone", tmp_path / "lone" / "onnx-fp32"):
+        said = shop.must("report", place, "--merge", tmp_path / "m.json")
+        assert "gate · onnx-int8-ort-x86 · " in said
+    made = read_bundle(tmp_path / "lone" / "onnx-int8-ort-x86")
+    verdict = read_verdict(made.path, made.digest)
+    assert verdict is not None
+    assert {entry.rival for entry in verdict.speed_ups} == {"fp32", "fp16"}
+    assert len(list((tmp_path / "lone" / "measurements").iterdir())) == 1
+    said = shop.must("report", file, "--data", "digits", "--restarts", "1", "--batch-sizes", "1")
+    assert "On the device" in said
+    assert shop.run("report", file, "--merge", away).code == 2, "of another model"
+    assert shop.run("report", tmp_path / "nothing.onnx", "--merge", tmp_path / "m.json").code == 2
+
+
 def test_a_report_elsewhere_does_not_go_with_a_measurement(shop: Shop, away: Path) -> None:  # noqa: F811
     done = shop.run("report", "run", "--merge", away, "--out", "report-elsewhere")
     assert done.code == 2
