@@ -84,8 +84,6 @@ def find_splits(source: Source, data: str | None, holdout: str | None = None) ->
     elif source.run is not None:
         section = source.run.recipe.data
         splits = open_splits(section.model_copy(update={"holdout": holdout}) if holdout else section)
-        if holdout is None:
-            tell_changed_data(source.run, splits)
     else:
         raise InputError(f"{source.bundle.path} belongs to no run, so its data is not known", where="--data")
     require_classes(source.bundle, splits)
@@ -97,7 +95,7 @@ def find_splits(source: Source, data: str | None, holdout: str | None = None) ->
 
 
 def tell_changed_data(run: RunFolder, splits: Splits) -> None:
-    """Says so where a run's own data is not what it was trained on."""
+    """Says so where a run's own data is not what it was trained on; looks into every file of it."""
     if not is_data_of(run, splits):
         digests = f"{run.facts.data_digest[:12]}… → {splits.digest[:12]}…"
         console().print(f"warning: the data is not what {run.path} was trained on ({digests})")

@@ -30,6 +30,7 @@ from kdcompress.pipeline._source import (
     choose_profile,
     find_source,
     find_splits,
+    tell_changed_data,
     warn_of_findings,
 )
 from kdcompress.pipeline._teachers import open_teacher, read_checkpoints, sample_of
@@ -103,6 +104,8 @@ def quantize(
     images = calibration_images(splits)
     if len(images) < FEW_CALIBRATION_IMAGES:
         speak.print(f"note: {len(images)} calibration images, {FEW_CALIBRATION_IMAGES} or more are advised")
+    if start.run is not None and data is None and holdout is None:
+        tell_changed_data(start.run, splits)
     saw = start.saw_val(splits, data)
     picks = mixed or calibration == "auto"
     judged = judged_images(splits, saw, picks=picks, digests=start.training_digests())
