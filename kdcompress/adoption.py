@@ -6,6 +6,7 @@ From there on it is a bundle as any other: linted, quantized, exported, evaluate
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from kdcompress.types import FeatureShape, Images
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
 """Of operators that onnxruntime has."""
 _TOLERANCE = 1e-3
+_USUAL_OPSET = 17
+"""That of our own files, which every runtime reads."""
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice")
 _INTEGERS = (
     "DequantizeLinear",
@@ -96,6 +99,7 @@ def adopt_onnx(
     model = onnx_graph.fold_batch_norms(model)
     onnx_graph.keep_global_pooling(model)
     model = _with_scales_for_channels(model)
+    any(onnx_opset.lower_opset(model, older) for older in range(_USUAL_OPSET, onnx_graph.opset_of(model)))
     source = {"file": path.name, "digest": file_digest(path), "producer": model.producer_name}
     step = provenance_step("adopt-onnx", **source, normalisation="told" if mean else "inside the graph")
     bundle = Bundle(
@@ -238,7 +242,9 @@ def _require_fit(
         raise InputError(f"a std must be positive, got {min(std)}", where="--std")
     for name, values in (("--mean", mean), ("--std", std)):
         for value in values or ():
-            if not abs(value) <= 1:
+            if not math.isfinite(value):
+                raise InputError(f"{value:g} is no number", where=name, fix="give one for each channel")
+            if abs(value) > 1:
                 raise InputError(f"{value:g} is not of images in [0, 1]", where=name, fix="divide it by 255")
 
 

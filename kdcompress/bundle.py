@@ -365,6 +365,8 @@ def read_bundle(path: Path) -> Bundle:
         place = ".".join(str(part) for part in first["loc"])
         raise BundleError(f"{place or BUNDLE_FILE}: {first['msg']}", where=str(file)) from error
     fields = document.model_dump(exclude={"format", "schema_version", "preprocess", "interface"})
+    if any("\ud800" <= sign <= "\udfff" for name in document.classes for sign in name):
+        raise BundleError("classes: half of a character in a name", where=str(file))
     try:
         preprocess = Preprocess(**document.preprocess.model_dump())
     except BundleError as error:

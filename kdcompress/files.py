@@ -88,8 +88,10 @@ def atomic_folder(path: Path, *, replace: str | None = None) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
+        if not _may_replace(path, replace):
+            raise OutputError(f"another command wrote {path} meanwhile", fix="run this one again")
         if not path.is_dir():
-            temporary.rename(path)
+            _rename_new(temporary, path, replace)
         elif not _exchange(temporary, path):
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
@@ -107,6 +109,17 @@ def atomic_folder(path: Path, *, replace: str | None = None) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_new(temporary: Path, path: Path, marker: str | None) -> None:
+    """Puts a folder where there was none when it was begun."""
+    try:
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if marker is None or not _exchange(temporary, path):
+            raise OutputError(f"another command wrote {path} meanwhile", fix="run this one again") from error
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -150,6 +163,12 @@ def require_replaceable(path: Path, marker: str | None) -> None:
     """
     if marker is None or not (path / marker).is_file():
         require_empty(path)
+
+
+def _may_replace(path: Path, marker: str | None) -> bool:
+    """Whether a folder is not there, empty, or holds a file of that name."""
+    ours = marker is not None and (path / marker).is_file()
+    return ours or not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def require_empty(path: Path) -> None:

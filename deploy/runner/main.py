@@ -25,6 +25,8 @@ def main(words: Sequence[str]) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         parser = _child_parser() if words[:1] == ["_child"] else _parser()
+        if "" in words:
+            return _fail("an empty word on the command line\nis a variable of the shell not set?", 2)
         arguments = parser.parse_args(words)
         missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
         if missing:
@@ -40,6 +42,8 @@ def main(words: Sequence[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        return _fail(f"{error.strerror or error}\nis there space where the output goes?", 1)
     except Exception as error:
         said = " ".join(str(error).split())[:300]
         return _fail(f"unexpected {type(error).__name__}: {said}\nis the command line as --help says?", 1)
@@ -128,8 +132,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 
 def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("an empty word is no picture: is a variable of the shell not set?")
     try:
         Path(text).exists()
     except (OSError, ValueError) as error:
@@ -146,10 +148,9 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= _MOST:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to {_MOST}")
-    return number
+    if not (text.isdigit() and len(text) < 20 and 1 <= int(text) <= _MOST):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to {_MOST}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -23,6 +23,7 @@ from .folder import DeviceBundle, Model
 from .golden import Agreement
 from .sessions import Settings, open_model
 
+_LONGEST_NAME = 200
 FORMAT, SCHEMA_VERSION = "kdcompress/measurement", 1
 
 
@@ -192,6 +193,8 @@ def require_place(path: Path) -> None:
         DeviceError: it is a folder, or lies in none, or one may not write there.
     """
     folder = path.absolute().parent
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise DeviceError(f"{path.name[:40]}… is too long for the name of a file", "--out", "give a shorter one")
     if path.is_dir():
         raise DeviceError(f"{path} is a folder", "--out", "name a file in it")
     if not folder.is_dir():

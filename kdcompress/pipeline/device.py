@@ -129,7 +129,7 @@ def export_device(
     if start.bundle.kind == "trt":
         fix = "give the run, or the ONNX bundle it was built from"
         raise InputError("an engine belongs to the GPU it was built on", where=str(start.bundle.path), fix=fix)
-    folder = out or start.folder / f"device-{chosen.name}"
+    folder = out or start.folder / f"device-{chosen.name}{start.spoken}"
     require_replaceable(folder, MANIFEST if out is None else None)
     with scratch_folder() as scratch:
         place = start.folder if out is None else scratch
@@ -184,7 +184,7 @@ def find_flavours(start: Source, profile: Profile, *, place: Path, data: str | N
         if start.run is None and data is None:
             console().print("note: no fp16 here, which the gate wants timed beside INT8: --data DATA writes it")
         elif half := half_precision(
-            found["fp32"], profile, find_images(start, data), place / f"onnx-fp16{spoken.changes}"
+            found["fp32"], profile, find_images(start, data), place / f"onnx-fp16{start.spoken}"
         ):
             found["fp16"] = half
     order: tuple[Precision, ...] = ("fp32", "fp16", "int8")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdcompress.bundle import BUNDLE_FILE, bundle_folders
+from kdcompress.bundle import BUNDLE_FILE, Bundle, bundle_folders
+from kdcompress.errors import InputError
+from kdcompress.files import file_digest
 from kdcompress.gate import LEAST_RESTARTS
 from kdcompress.pipeline._gate import renew_verdicts
 from kdcompress.pipeline._measurements import keep, read_all, read_checked
@@ -31,7 +33,9 @@ def merge(source: Path | None, files: Sequence[Path]) -> Report | None:
     speak, folder = console(), _folder(source)
     if source is None:
         speak.print(f"run: {folder} (the newest)")
-    bundles = {bundle.path.name: bundle for bundle in kin(folder)}
+    bundles = {bundle.path.name: bundle for bundle in _made_of(source, kin(folder))}
+    if not bundles:
+        raise InputError(f"nothing here was made of {source} as it is", where="--merge", fix="export --device again")
     measured = {file: read_checked(file, bundles) for file in files}
     renewed = renew_verdicts(bundles, list(measured.values()))
     for file, found in measured.items():
@@ -54,6 +58,17 @@ def merge(source: Path | None, files: Sequence[Path]) -> Report | None:
     speak.print(render_terminal(report))
     speak.print(f"{folder / REPORT_FILE} · {folder / 'report.md'}")
     return report
+
+
+def _made_of(source: Path | None, bundles: Sequence[Bundle]) -> list[Bundle]:
+    """Those that were made of a bare .onnx file as it is now; all, where it is not one that is asked about."""
+    if source is None or not source.is_file() or (source.parent / BUNDLE_FILE).is_file():
+        return list(bundles)
+    digest = file_digest(source)
+    found = [bundle for bundle in bundles if bundle.provenance and bundle.provenance[0].get("digest") == digest]
+    for other in (bundle for bundle in bundles if bundle not in found):
+        console().print(f"note: {other.path} was made of another model, it is left out")
+    return found
 
 
 def _folder(source: Path | None) -> Path:

@@ -104,8 +104,8 @@ def quantize(
     images = calibration_images(splits)
     if len(images) < FEW_CALIBRATION_IMAGES:
         speak.print(f"note: {len(images)} calibration images, {FEW_CALIBRATION_IMAGES} or more are advised")
-    if start.run is not None and data is None and holdout is None:
-        tell_changed_data(start.run, splits)
+    if start.run is not None and data is None:
+        tell_changed_data(start.run, splits if holdout is None else find_splits(start, None))
     saw = start.saw_val(splits, data)
     picks = mixed or calibration == "auto"
     judged = judged_images(splits, saw, picks=picks, digests=start.training_digests())

@@ -95,8 +95,8 @@ def report(
     splits = open_splits(recipe.data.model_copy(update=changes))
     require_classes(student, splits)
     digests, seen = student.training_digests(), ""
-    if data is None and holdout is None:
-        tell_changed_data(run, splits)
+    if data is None:
+        tell_changed_data(run, splits if holdout is None else open_splits(recipe.data))
     if digests is not None and counts_as_seen(members := seen_images(digests, splits.test)):
         count = f"{int(members.sum()):,} of {len(splits.test):,}"
         seen = f"{count} test images are among those that the student was trained on: its figures here are too good."

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from kdcompress.bundle import read_bundle
@@ -139,6 +140,12 @@ def test_a_measurement_of_somebody_elses_file_is_merged_beside_it(shop: Shop, aw
     said = shop.must("report", file, "--data", "digits", "--restarts", "1", "--batch-sizes", "1")
     assert "On the device" in said
     assert shop.run("report", file, "--merge", away).code == 2, "of another model"
+    model = onnx.load(str(file))
+    model.producer_name = "somebody else"
+    onnx.save(model, str(file))
+    done = shop.run("report", file, "--merge", tmp_path / "m.json")
+    assert done.code == 2, "the file was replaced"
+    assert "was made of another model, it is left out" in done.out
     assert shop.run("report", tmp_path / "nothing.onnx", "--merge", tmp_path / "m.json").code == 2
 
 

@@ -18,6 +18,7 @@ from kdcompress.adoption import adopt_onnx
 from kdcompress.bundle import Bundle, Interface, read_bundle
 from kdcompress.errors import BundleError, InputError, ShapeError
 from kdcompress.lint import lint
+from kdcompress.onnx_opset import at_opset
 from kdcompress.profiles import get_profile
 from kdcompress.quantize import find_quantizer
 from kdcompress.runtimes import open_bundle
@@ -121,6 +122,10 @@ def bytes_moved_before_they_are_cast(model: Any) -> None:
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("images", TensorProto.UINT8, shape))
 
 
+def of_opset_21(model: Any) -> None:
+    model.CopyFrom(at_opset(model, 21))
+
+
 def maps_of_one_position(model: Any) -> None:
     onnx_interface.append(model, "Unsqueeze")
     last = model.graph.node[-1]
@@ -164,7 +169,7 @@ def with_a_side_file(model: Any) -> None:
 WAYS: list[Callable[[Any], None]] = [
     *(plain, without_normalisation, channels_last, camera, half_ends, batches_of_three, open_size, without_names),
     *(of_opset_11, of_ir_version_3, with_a_function_of_its_own, with_swapped_names, bytes_moved_before_they_are_cast),
-    *(maps_of_one_position, of_a_later_file_version, says_any_batch_and_means_one),
+    *(of_opset_21, maps_of_one_position, of_a_later_file_version, says_any_batch_and_means_one),
     *(batches_of_more_than_there_are_images, probabilities_by_hand),
     with_a_side_file,
 ]
@@ -205,7 +210,7 @@ def test_a_file_from_elsewhere_answers_as_a_bundle(way: Callable[[Any], None], t
         assert rules <= {"fixed-batch", "all-float32"}
 
 
-QUANTIZED = [camera, of_opset_11, of_ir_version_3, with_a_function_of_its_own]
+QUANTIZED = [camera, of_opset_11, of_opset_21, of_ir_version_3, with_a_function_of_its_own]
 
 
 @pytest.mark.parametrize("way", QUANTIZED, ids=lambda way: way.__name__)
@@ -254,7 +259,10 @@ def test_what_is_no_classifier_of_these_images_is_refused(tmp_path: Path) -> Non
     for std in (0.0, float("nan")):
         with pytest.raises(InputError, match="must be positive"):
             adopted(path, tmp_path / "x", mean=(0.1,), std=(std,))
-    for mean in (123.7, float("nan"), float("inf")):
+    for mean in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="is no number"):
+            adopted(path, tmp_path / "x", mean=(mean,), std=(0.2,))
+    for mean in (123.7, -2.0):
         with pytest.raises(InputError, match=r"is not of images in \[0, 1\]"):
             adopted(path, tmp_path / "x", mean=(mean,), std=(0.2,))
     with pytest.raises(ShapeError, match="no images"):

@@ -92,6 +92,24 @@ def test_a_folder_is_replaced_with_and_without_the_systems_exchange(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("marker", [None, "bundle.json"])
+def test_of_two_that_make_one_folder_nobody_speaks_of_permissions(marker: str | None, tmp_path: Path) -> None:
+    def make() -> None:
+        with atomic_folder(tmp_path / "out", replace=marker) as folder:
+            (folder / "bundle.json").write_text("mine")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "bundle.json").write_text("theirs")
+
+    if marker is None:
+        with pytest.raises(OutputError, match=r"another command wrote .* meanwhile"):
+            make()
+    else:
+        make()
+    content = (tmp_path / "out" / "bundle.json").read_text()
+    assert content == ("theirs" if marker is None else "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_a_killed_process_moved_aside_comes_back(tmp_path: Path) -> None:
     aside, half = tmp_path / ".out.0123abcd.old", tmp_path / ".out.89abcdef.tmp"
     for folder, content in ((aside, "good"), (half, "half")):
