@@ -29,7 +29,7 @@ from kdcompress.files import file_digest, scratch_folder
 from kdcompress.onnx_ends import Ends, answers, flatten_output, read_ends
 from kdcompress.onnx_file import read_onnx
 from kdcompress.runtimes.onnxruntime_runtime import open_session, run_session
-from kdcompress.types import FeatureShape, Images
+from kdcompress.types import FeatureShape, Images, Logits
 
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
 """Of operators that onnxruntime has."""
@@ -76,7 +76,6 @@ def adopt_onnx(
         VerificationError: what was made of it does not answer as it does.
     """
     model = _in_one_graph(read_onnx(path))
-    _require_finite(model, str(path))
     _name_nodes(model)  # onnxruntime refuses two nodes of one name
     flatten_output(model)
     ends = read_ends(model, str(path))
@@ -95,6 +94,7 @@ def adopt_onnx(
         except InputError as error:
             error.where = str(path)
             raise
+    _require_finite(expected, model, str(path))
     speak_as_ours(model, ends, image_shape, mean, std)
     model = onnx_graph.fold_batch_norms(model)
     onnx_graph.keep_global_pooling(model)
@@ -187,18 +187,20 @@ def _is_cast(model: Any, name: str) -> bool:
     readers = [node for node in model.graph.node if name in node.input]
     moved = [node for node in readers if node.op_type in _MOVES and node.input[0] == name]
     casts = [node for node in readers if node.op_type == "Cast"]
-    return (
-        bool(readers) and len(readers) == len(moved) + len(casts) and all(_is_cast(model, n.output[0]) for n in moved)
-    )
+    known = len(readers) == len(moved) + len(casts)
+    return bool(readers) and known and all(_is_cast(model, node.output[0]) for node in moved)
 
 
-def _require_finite(model: Any, where: str) -> None:
+def _require_finite(answers: Logits, model: Any, where: str) -> None:
+    """Refuses answers that are not finite, with the weights that may be why; a mask of an attention is -∞ by right."""
     from onnx import numpy_helper
 
-    for item in model.graph.initializer:
-        values = numpy_helper.to_array(item)
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise InputError(f"its weight {item.name} is not finite", where=where, fix="export the network again")
+    if bool(answers.isfinite().all()):
+        return
+    weights = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    wrong = [name for name, one in weights.items() if one.dtype.kind == "f" and not np.isfinite(one).all()]
+    said = f"; its weight {wrong[0]} is not finite" if wrong else ""
+    raise InputError(f"its answers are not finite{said}", where=where, fix="export the network again")
 
 
 def _with_scales_for_channels(model: Any) -> Any:

@@ -91,7 +91,7 @@ def atomic_folder(path: Path, *, replace: str | None = None) -> Iterator[Path]:
         if not _may_replace(path, replace):
             raise OutputError(f"another command wrote {path} meanwhile", fix="run this one again")
         if not path.is_dir():
-            _rename_new(temporary, path, replace)
+            temporary.rename(path)
         elif not _exchange(temporary, path):
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
@@ -109,17 +109,6 @@ def atomic_folder(path: Path, *, replace: str | None = None) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _rename_new(temporary: Path, path: Path, marker: str | None) -> None:
-    """Puts a folder where there was none when it was begun."""
-    try:
-        temporary.rename(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if marker is None or not _exchange(temporary, path):
-            raise OutputError(f"another command wrote {path} meanwhile", fix="run this one again") from error
 
 
 def _exchange(one: Path, other: Path) -> bool:

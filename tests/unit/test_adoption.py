@@ -239,6 +239,16 @@ def test_what_does_not_run_and_what_is_not_finite_is_named(tmp_path: Path) -> No
     assert not (tmp_path / "x").exists()
 
 
+def test_a_mask_of_minus_infinity_is_no_damage(tmp_path: Path) -> None:
+    def masked(model: Any) -> None:
+        onnx_interface.append(model, "Max")
+        model.graph.node[-1].input.append("mask")
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([-np.inf]), "mask"))
+
+    made = adopted(written(tmp_path / "m.onnx", masked), tmp_path / "made")
+    torch.testing.assert_close(open_bundle(made)(IMAGES), open_bundle(onnx_bundle())(IMAGES))
+
+
 def test_files_of_other_precisions_are_known_for_what_they_are(tmp_path: Path) -> None:
     for kind, expected in (("fp16", "fp16"), ("ort-x86", "int8")):
         path = tmp_path / f"{kind}.onnx"

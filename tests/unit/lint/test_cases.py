@@ -211,20 +211,20 @@ def type_of_weight(element_type: int) -> Callable[[Any], None]:
     return change
 
 
-def int4_activations(model: Any) -> None:
+def int4_pair(model: Any, place: int) -> None:
     conv = node_of(model, "Conv", 2)
     add_tensor(model, "zero", TensorProto.INT4)
     set_constant(model, "one", np.float32(1))
-    before(model, conv, 0, "QuantizeLinear", "one", "zero")
-    before(model, conv, 0, "DequantizeLinear", "one", "zero")
+    before(model, conv, place, "QuantizeLinear", "one", "zero")
+    before(model, conv, place, "DequantizeLinear", "one", "zero")
+
+
+def int4_activations(model: Any) -> None:
+    int4_pair(model, 0)
 
 
 def int4_weights_from_float(model: Any) -> None:
-    conv = node_of(model, "Conv", 2)
-    add_tensor(model, "zero", TensorProto.INT4)
-    set_constant(model, "one", np.float32(1))
-    before(model, conv, 1, "QuantizeLinear", "one", "zero")
-    before(model, conv, 1, "DequantizeLinear", "one", "zero")
+    int4_pair(model, 1)
 
 
 @pytest.mark.parametrize(
