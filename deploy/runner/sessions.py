@@ -97,7 +97,7 @@ def _open_onnx(model: Model, settings: Settings) -> Opened:
     try:
         session = onnxruntime.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common public base
-        said = str(error).splitlines()[0]
+        said = str(error).splitlines()[0][:300]
         what = f"onnxruntime {onnxruntime.__version__} does not take this model: {said}"
         raise DeviceError(what, str(model.path), "pip install --upgrade onnxruntime", 1) from error
     load_s = time.perf_counter() - start
